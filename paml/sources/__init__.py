@@ -1,0 +1,1 @@
+"""Where images come from: each module turns files into (key, image) pairs."""
