@@ -1,0 +1,67 @@
+"""A batch on its device: bytes become normalised, mirrored pictures; triples become state matrices."""
+
+from typing import NamedTuple
+
+import torch
+
+from paml.data.loader import Batch, LabelTriples
+from paml.labels.states import UNOBSERVED
+
+
+class DeviceBatch(NamedTuple):
+    """b images of a worker, K classes."""
+
+    images_BCHW: torch.Tensor
+    """float32, normalised, channels_last in memory."""
+    state_BK: torch.Tensor
+    """int8, the label states that training sees."""
+    probe_BK: torch.Tensor
+    """int8, the hidden observed labels."""
+    truth_BK: torch.Tensor | None
+    """int8, full labels, where known."""
+    slots_B: torch.Tensor
+    """int64, slots in the global batch."""
+
+
+def scatter_states(triples: LabelTriples, images: int, num_classes: int) -> torch.Tensor:
+    """int8 [b, K] on the triples' device, UNOBSERVED where no triple says otherwise."""
+    state_BK = torch.full((images, num_classes), UNOBSERVED, dtype=torch.int8, device=triples.image.device)
+    state_BK.view(-1).index_copy_(0, triples.image * num_classes + triples.cls, triples.state)
+    return state_BK
+
+
+class Normaliser:
+    """uint8 RGB to the range that the backbone was trained on."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+        self.scale = (1.0 / (255.0 * torch.tensor(std))).view(1, 3, 1, 1).to(device)
+        self.shift = (-torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1).to(device)
+
+    def __call__(self, images_BHWC: torch.Tensor, flips_B: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 [b, H, W, 3] and bool [b] to float32 [b, 3, H, W], channels_last in memory."""
+        images = images_BHWC.permute(0, 3, 1, 2)
+        if flips_B is not None:
+            images = torch.where(flips_B.view(-1, 1, 1, 1), images.flip(3), images)
+        return torch.addcmul(self.shift, images.float(), self.scale).contiguous(
+            memory_format=torch.channels_last
+        )
+
+
+def to_device(batch: Batch, num_classes: int, normalise: Normaliser, device: torch.device) -> DeviceBatch:
+    """Copy and prepare one batch; on a GPU nothing here waits for the device."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if device.type == "cpu":
+            return tensor
+        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+
+    def states(triples: LabelTriples) -> torch.Tensor:
+        return scatter_states(triples.to(device), len(batch), num_classes)
+
+    return DeviceBatch(
+        images_BCHW=normalise(move(batch.images), move(batch.flips)),
+        state_BK=states(batch.labels),
+        probe_BK=states(batch.probe),
+        truth_BK=None if batch.truth is None else states(batch.truth),
+        slots_B=move(batch.slots),
+    )
