@@ -206,7 +206,7 @@ def _digits_of_splits(seed: int) -> dict[str, list[list[np.ndarray]]]:
 
 
 def _class_weights(seed: int) -> np.ndarray:
-    """How likely each class is drawn: float64[K] with sum 1, long-tailed, the rare classes chosen by the seed."""
+    """How likely each class is drawn: float64[K], sum 1, long-tailed; the seed says which are rare."""
     ranks = np.random.default_rng([seed, 101]).permutation(len(CLASSES))
     weights = 1.0 / (ranks + TAIL_OFFSET)
     return weights / weights.sum()
@@ -274,7 +274,7 @@ def _enlarge(grid: np.ndarray, size: int) -> np.ndarray:
 
 
 def _digit_mask(rng: np.random.Generator, pixels: np.ndarray, size: int) -> Image.Image:
-    """How opaque the ink is: an 8-bit picture of the digit, smoothly enlarged, slightly turned, cut to the ink."""
+    """How opaque the ink is, 8 bits: the digit smoothly enlarged, slightly turned, cut to its ink."""
     side = round(size * rng.uniform(*DIGIT_SIZES))
     glyph = Image.fromarray(np.pad(pixels, 1)).resize((side, side), Image.Resampling.BICUBIC)
     glyph = glyph.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
