@@ -1,0 +1,149 @@
+"""torchvision networks cut off at their last feature map."""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from paml.errors import SettingsError
+
+_CUTS = {"resnet": "layer4", "resnext": "layer4", "wide_resnet": "layer4"}
+_TRUNKS = ("mobilenet", "efficientnet", "convnext", "densenet", "vgg", "regnet")
+
+
+def build_backbone(name: str, *, weights: str | None, feature_layer: str | None, output_stride: int) -> nn.Module:
+    """A module from images [B, 3, H, W] to features [B, C, H/output_stride, W/output_stride].
+
+    `weights`: 'imagenet' (torchvision's enum DEFAULT, fetched or cached), None (random), or a file
+    (.safetensors, or a state dict that torch.load reads with weights_only=True) holding any part of the network
+    above the first missing name. `feature_layer` names the last feature map of networks not listed here.
+    Raises SettingsError for an unknown network, layer, stride, or weights that do not fit.
+    """
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise SettingsError(f"model.backbone is {name!r}; torchvision knows {', '.join(sorted(known))}")
+    pretrained = None
+    if weights == "imagenet":
+        pretrained = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        network = torchvision.models.get_model(name, weights=pretrained)
+    except OSError as error:
+        raise SettingsError(
+            f"ImageNet weights of {name} could not be fetched ({error}); give a file as model.weights, or null "
+            "for random ones"
+        ) from error
+    if weights not in (None, "imagenet"):
+        load_partial(network, weights)
+    trunk = _cut(network, name, feature_layer)
+    _reduce_stride(trunk, output_stride)
+    return trunk
+
+
+def load_partial(network: nn.Module, path: str) -> None:
+    """Load a state dict that may lack the classifier. Raises SettingsError where it does not fit.
+
+    What the file holds must fit by name and shape; what it lacks must be the tail of the network (the
+    classifier), since silently random layers in the middle would train to a bad model.
+    """
+    from paml.storage import StorageError, read_bytes
+
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load
+
+            state = load(read_bytes(path))
+        else:
+            import io
+
+            state = torch.load(io.BytesIO(read_bytes(path)), map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise SettingsError(f"model.weights: no file {path}") from error
+    except StorageError as error:
+        raise SettingsError(f"model.weights: {path} cannot be read: {error}") from error
+    own = network.state_dict()
+    state = {key: value for key, value in state.items() if key in own or not key.startswith(("fc.", "classifier."))}
+    for key, value in state.items():
+        if key in own and own[key].shape != value.shape and key.startswith(("fc.", "classifier.")):
+            continue
+        if key not in own or own[key].shape != value.shape:
+            found = tuple(value.shape)
+            wanted = tuple(own[key].shape) if key in own else "no such tensor"
+            raise SettingsError(f"model.weights: {path} does not fit: {key} is {found}, the network has {wanted}")
+    state = {key: value for key, value in state.items() if own[key].shape == value.shape}
+    missing = [key for key in own if key not in state and not key.startswith(("fc.", "classifier.", "head."))]
+    if missing:
+        raise SettingsError(f"model.weights: {path} lacks {len(missing)} tensors of the backbone, e.g. {missing[0]}")
+    network.load_state_dict(state, strict=False)
+
+
+def _cut(network: nn.Module, name: str, feature_layer: str | None) -> nn.Module:
+    if feature_layer is None and name.startswith(_TRUNKS) and hasattr(network, "features"):
+        return network.get_submodule("features")
+    layer = feature_layer or next((cut for start, cut in _CUTS.items() if name.startswith(start)), None)
+    if layer is None:
+        children = ", ".join(child for child, _ in network.named_children())
+        raise SettingsError(
+            f"name the last feature map of {name} by model.feature_layer; its parts are: {children}"
+        )
+    names = [child for child, _ in network.named_children()]
+    if layer in names:
+        kept = names[: names.index(layer) + 1]
+        return nn.Sequential(OrderedDict((child, network.get_submodule(child)) for child in kept))
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    nodes = get_graph_node_names(network)[1]
+    if layer not in nodes and not any(node.startswith(layer + ".") for node in nodes):
+        raise SettingsError(f"model.feature_layer {layer!r} is no layer of {name}; it has {', '.join(nodes)}")
+    return _OnlyMap(create_feature_extractor(network, {layer: "map"}))
+
+
+class _OnlyMap(nn.Module):
+    """torchvision's feature extractor answers with a dict; a backbone answers with its map."""
+
+    def __init__(self, extractor: nn.Module) -> None:
+        super().__init__()
+        self.extractor = extractor
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.extractor(images)["map"]
+
+
+def _strided(trunk: nn.Module) -> list[tuple[int, nn.Module]]:
+    """(side of its input, module) of every module with a stride of 2, for a 256-pixel picture."""
+    found: list[tuple[int, nn.Module]] = []
+
+    def note(module: nn.Module, inputs: tuple) -> None:
+        found.append((inputs[0].shape[-1], module))
+
+    kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+    hooks = [
+        module.register_forward_pre_hook(note)
+        for module in trunk.modules()
+        if isinstance(module, kinds) and module.stride in (2, (2, 2))
+    ]
+    was_training = trunk.training
+    trunk.eval()
+    with torch.no_grad():
+        trunk(torch.zeros(1, 3, 256, 256))
+    trunk.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _reduce_stride(trunk: nn.Module, output_stride: int) -> None:
+    """Take the stride from the deepest level until the features come at `output_stride` pixels each.
+
+    No dilation is put in its place: larger maps at nearly no cost, at the price of a smaller receptive field.
+    """
+    strided = _strided(trunk)
+    levels = sorted({side for side, _ in strided}, reverse=True)
+    allowed = [2**n for n in range(1, len(levels) + 1)]
+    if output_stride not in allowed:
+        raise SettingsError(f"model.output_stride is {output_stride}; this backbone allows {allowed}")
+    dropped = levels[output_stride.bit_length() - 1 :]
+    for side, module in strided:
+        if side in dropped:
+            module.stride = (1, 1) if isinstance(module, nn.Conv2d) else 1  # pyright: ignore

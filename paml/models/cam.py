@@ -1,0 +1,138 @@
+"""The CAM classifier: logits are the averages of boosted class activation maps (Kim et al., CVPR 2023, eq. 2-5)."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from paml.errors import SettingsError
+from paml.models.backbones import build_backbone
+from paml.models.boost import boost_lu
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The network."""
+
+    backbone: str = "resnet50"
+    """A torchvision network: resnet18/34/50/101, mobilenet_v2, or another with `feature_layer`."""
+    weights: str | None = "imagenet"
+    """'imagenet' (torchvision's DEFAULT weights), a file of weights, or null for random ones."""
+    feature_layer: str | None = None
+    """Last feature map, by name; null takes the usual one of the families that paml knows."""
+    output_stride: int = 32
+    """Pixels of the picture per cell of the map; 16 or 8 drop the last strides for larger maps."""
+    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted from RGB in [0, 1]."""
+    pixel_std: tuple[float, float, float] = IMAGENET_STD
+    """Divides RGB in [0, 1]."""
+    batch_norm: str = "worker"
+    """'worker': statistics per worker; 'sync': over all workers (GPU); 'frozen': the loaded ones, never updated."""
+
+    def __post_init__(self) -> None:
+        if self.batch_norm not in ("worker", "sync", "frozen"):
+            raise SettingsError(f"model.batch_norm is {self.batch_norm!r}; it must be worker, sync or frozen")
+        if min(self.pixel_std) <= 0:
+            raise SettingsError(f"model.pixel_std is {self.pixel_std}; every part must be above 0")
+
+
+class CamClassifier(nn.Module):
+    """Backbone, 1×1 convolution with bias to K maps, boost, global average pooling in float32."""
+
+    def __init__(self, backbone: nn.Module, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Conv2d(channels, num_classes, kernel_size=1)
+
+    def maps(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Raw class activation maps, [B, K, H, W] in the precision of the autocast region."""
+        return self.head(self.backbone(images_BCHW))
+
+    def forward(self, images_BCHW: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
+        """float32 logits [B, K]. Pooling in float32 keeps logits from tying as 16-bit ones do."""
+        return pool_logits(self.maps(images_BCHW), alpha)
+
+
+def pool_logits(maps_BKHW: torch.Tensor, alpha: float) -> torch.Tensor:
+    """float32 logits [B, K] = average over H·W of boost_lu(maps, alpha)."""
+    return boost_lu(maps_BKHW.float(), alpha).mean((2, 3))
+
+
+def build_model(settings: ModelSettings, num_classes: int, *, seed: int = 0) -> CamClassifier:
+    """The network with its weights; random parts are drawn from `seed`, the caller's generators stay untouched."""
+    if num_classes < 1:
+        raise SettingsError(f"the number of classes is {num_classes}; it must be at least 1")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = build_backbone(
+            settings.backbone,
+            weights=settings.weights,
+            feature_layer=settings.feature_layer,
+            output_stride=settings.output_stride,
+        )
+        backbone.eval()
+        with torch.no_grad():
+            features = backbone(torch.zeros(1, 3, 64, 64))
+        if features.ndim != 4:
+            raise SettingsError(
+                f"{settings.feature_layer or settings.backbone} gives features of shape {tuple(features.shape)}; "
+                "a map of four axes is needed: name another model.feature_layer"
+            )
+        model = CamClassifier(backbone.train(), features.shape[1], num_classes)
+    if settings.batch_norm == "sync":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model.to(memory_format=torch.channels_last)  # pyright: ignore
+
+
+def set_training(model: CamClassifier, settings: ModelSettings) -> None:
+    """Training mode, with BatchNorm left on its stored statistics where they are frozen."""
+    model.train()
+    if settings.batch_norm == "frozen":
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def head_parameters(model: CamClassifier) -> list[nn.Parameter]:
+    """The parameters that learn at the head's rate."""
+    return list(model.head.parameters())
+
+
+def save_for_inference(model: CamClassifier, folder: Path, settings: ModelSettings, *, alpha: float, **facts) -> None:
+    """Write weights.safetensors and model.json (settings, alpha, classes and whatever else `facts` name)."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
+    described = {"model": dataclasses.asdict(settings), "alpha": alpha, **facts}
+    (folder / "model.json").write_text(json.dumps(described, indent=1))
+
+
+def load_for_inference(folder: str | Path) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from uint8 images [N, H, W, 3] (any side; 448 as trained, say) to probabilities float32 [N, K]."""
+    from safetensors.torch import load_file
+
+    from paml.data.device import Normaliser
+
+    folder = Path(folder)
+    described = json.loads((folder / "model.json").read_text())
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in described["model"].items()}
+    settings = dataclasses.replace(ModelSettings(**fields), weights=None)
+    model = build_model(settings, len(described["classes"]))
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    model.eval()
+    normalise = Normaliser(settings.pixel_mean, settings.pixel_std, torch.device("cpu"))
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"images are {images.dtype} {images.shape}; uint8 [N, H, W, 3] is needed")
+        with torch.inference_mode():
+            return model(normalise(torch.from_numpy(images)), described["alpha"]).sigmoid().numpy()
+
+    return predict
