@@ -1,0 +1,139 @@
+"""Losses for partial labels: AN, IU, full labels, and large-loss rejection (LL-R, LL-Ct, LL-Cp).
+
+Axes: B images of this worker, K classes.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paml.labels.states import POSITIVE, UNOBSERVED
+from paml.losses.base import (
+    AS_POSITIVE,
+    LEFT_OUT,
+    Loss,
+    check_all_observed,
+    per_label_loss,
+    sign_of_labels,
+)
+from paml.losses.fused import DenseSignedLoss, SparseSignedLoss
+from paml.losses.registry import LOSSES
+from paml.losses.select import RejectGroup, check_inputs, select_by_partition, select_rejected
+from paml.losses.settings import LossSettings, check_reject_rate, reject_rate
+
+__all__ = [
+    "LOSSES",
+    "Loss",
+    "LossOutput",
+    "LossSettings",
+    "RejectGroup",
+    "check_reject_rate",
+    "partial_label_loss",
+    "per_label_loss",
+    "reject_rate",
+    "select_rejected",
+]
+
+
+class LossOutput(NamedTuple):
+    loss: Tensor
+    """Scalar, float32: the sum over this worker's labels / divisor. Summed over workers it is the batch's loss."""
+    rejected_BK: Tensor | None
+    """bool: the labels rejected in this step; None where the loss never rejects or the epoch rejects nothing."""
+
+
+def partial_label_loss(
+    logits_BK: Tensor,
+    state_BK: Tensor,
+    *,
+    settings: LossSettings,
+    epoch: int,
+    divisor: float,
+    slots_B: Tensor,
+    batch_size: int,
+    world: RejectGroup | None = None,
+) -> LossOutput:
+    """The loss of a worker's part of a global batch, and the labels that it rejects.
+
+    logits_BK: float32. state_BK: int8 label states; corrections of LL-Cp made in earlier steps are written in as
+    POSITIVE. epoch counts from 1. divisor: batch_size * K for a mean over the global batch. slots_B: int64, the images'
+    slots in the global batch of `batch_size` images. world: the workers that share the batch, None for one alone; all
+    of them must call, also with B = 0.
+
+    The loss is NaN if any logit is NaN or +inf, rejected or not: the caller stops on a loss that is not finite.
+    Raises TypeError for logits that are not float32, ValueError for shapes or slots that do not fit.
+    """
+    loss = LOSSES[settings.name]
+    rate = reject_rate(settings, epoch)
+    check_inputs(logits_BK, state_BK, slots_B, batch_size, rate, settings.reject_pool)
+    if loss.needs_all_observed:
+        check_all_observed(state_BK)
+    alone = world is None or world.size() == 1
+    rejecting = loss.rejects and rate > 0 and batch_size > 0
+
+    if alone and logits_BK.device.type == "cpu" and loss.per_label is None and loss.unobserved != LEFT_OUT:
+        return _on_one_cpu(loss, logits_BK, state_BK, settings, rate, divisor, slots_B, batch_size)
+
+    rejected_BK = None
+    if rejecting:
+        rejected_BK = select_rejected(
+            logits_BK.detach(),
+            state_BK == UNOBSERVED,
+            slots_B=slots_B,
+            batch_size=batch_size,
+            rate=rate,
+            reject_of=settings.reject_of,
+            reject_pool=settings.reject_pool,
+            group=world,
+        )
+    if loss.per_label is not None:
+        cost_BK = per_label_loss(loss, logits_BK, state_BK, rejected_BK)
+        total = (cost_BK.sum(1).sum(0, dtype=torch.float64) / divisor).to(torch.float32)
+    elif logits_BK.device.type == "cpu" and loss.unobserved != LEFT_OUT:
+        positive = np.flatnonzero(state_BK.numpy() == POSITIVE)
+        flat = np.flatnonzero(rejected_BK.numpy()) if rejected_BK is not None else np.empty(0, np.int64)
+        total = _sparse(loss, logits_BK, positive, flat, divisor)
+    else:
+        total = DenseSignedLoss.apply(logits_BK, sign_of_labels(loss, state_BK, rejected_BK), divisor)
+    return LossOutput(total, rejected_BK)
+
+
+def _on_one_cpu(
+    loss: Loss,
+    logits_BK: Tensor,
+    state_BK: Tensor,
+    settings: LossSettings,
+    rate,
+    divisor: float,
+    slots_B: Tensor,
+    batch_size: int,
+) -> LossOutput:
+    """The fast way where one worker holds the whole batch on the CPU: only the few observed labels are listed."""
+    states = state_BK.numpy().reshape(-1)
+    observed = np.flatnonzero(states != UNOBSERVED)
+    positive = observed[states[observed] == POSITIVE]
+    if not loss.rejects or rate == 0 or batch_size == 0:
+        return LossOutput(_sparse(loss, logits_BK, positive, np.empty(0, np.int64), divisor), None)
+    rejected = select_by_partition(
+        logits_BK.detach().numpy(),
+        observed,
+        slots_B.numpy(),
+        batch_size,
+        rate,
+        settings.reject_of,
+        settings.reject_pool,
+    )
+    rejected_BK = torch.zeros(logits_BK.shape, dtype=torch.bool)
+    rejected_BK.numpy().reshape(-1)[rejected] = True
+    return LossOutput(_sparse(loss, logits_BK, positive, rejected, divisor), rejected_BK)
+
+
+def _sparse(
+    loss: Loss, logits_BK: Tensor, positive: np.ndarray, rejected: np.ndarray, divisor: float
+) -> Tensor:
+    left_out = rejected if loss.rejected == LEFT_OUT else np.empty(0, np.int64)
+    if loss.rejected == AS_POSITIVE and len(rejected):
+        positive = np.concatenate([positive, rejected])
+    return SparseSignedLoss.apply(logits_BK, positive, left_out, divisor)

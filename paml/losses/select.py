@@ -1,0 +1,367 @@
+"""Which labels are rejected: exactly the k highest logits of each pool, whatever the number of workers.
+
+Among unobserved labels trained as negatives the loss softplus(x) rises with the logit x, so logits are ranked: the
+float32 loss ties where the logits differ (for x << 0), the logits do not. Order: higher logit first; equal logits (0.0
+and -0.0 are equal) by slot, then class. A NaN ranks below all; `partial_label_loss` is NaN then, and the caller stops.
+
+Two ways to the same set:
+- one worker on the CPU: numpy finds a bracket from a sample, then sorts the few labels above it;
+- several workers, or a GPU: a radix select over 32-bit keys that rise with the logit. Histograms of 11, 11 and 10 bits
+  are summed over the workers, then the number of ties in each slot: four small all-reduces in all, whatever the data,
+  so that a worker without images joins them like any other. On a GPU nothing waits for the device.
+
+Axes: B images of this worker, K classes, P pools, S slots of the global batch.
+"""
+
+from fractions import Fraction
+from typing import Literal, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RejectGroup = dist.ProcessGroup
+"""The workers that share a global batch."""
+
+LOWEST_KEY = -(2**31)
+MAX_POOL = 2**31 - 1
+DIGITS = ((21, 11), (10, 11), (0, 10))
+SAMPLES = 4096
+
+
+def num_pools(batch_size: int, reject_pool: int | None) -> int:
+    """Number of pools in a global batch; the last one may be smaller."""
+    return -(-batch_size // (reject_pool or max(batch_size, 1)))
+
+
+def round_up_to(rate: Fraction, limit: int) -> Fraction:
+    """The least fraction >= rate with a denominator <= limit, so that ceil(rate * n) is the same for all n <= limit.
+
+    It lets an int64 hold rate.numerator * n for any rate. (Farey neighbours by continued fractions: no fraction m/n
+    with n <= limit lies between rate and the result.)
+    """
+    if rate.denominator <= limit:
+        return rate
+    p0, q0, p1, q1 = 0, 1, 1, 0
+    n, d = rate.numerator, rate.denominator
+    while True:
+        a = n // d
+        if q0 + a * q1 > limit:
+            break
+        p0, q0, p1, q1 = p1, q1, p0 + a * p1, q0 + a * q1
+        n, d = d, n - a * d
+    k = (limit - q0) // q1
+    return max(Fraction(p0 + k * p1, q0 + k * q1), Fraction(p1, q1))
+
+
+def select_rejected(
+    logits_BK: Tensor,
+    candidate_BK: Tensor,
+    *,
+    slots_B: Tensor,
+    batch_size: int,
+    rate: Fraction,
+    reject_of: Literal["unobserved", "all"] = "unobserved",
+    reject_pool: int | None = None,
+    group: RejectGroup | None = None,
+) -> Tensor:
+    """The labels to reject, bool [B, K]: in each pool the k candidates with the highest logits.
+
+    k = ceil(rate * count), exact; count is the pool's candidates (`reject_of` unobserved) or all its entries (all).
+    k never exceeds the candidates, and nothing else is ever chosen.
+
+    logits_BK: float32. candidate_BK: bool, the unobserved labels. slots_B: int64, each image's slot in the global batch,
+    0 to batch_size - 1, every slot on exactly one worker. reject_pool: consecutive slots ranked together, None for all.
+    group: the workers that share the batch, None for one worker; all of them must call, also with B = 0.
+
+    Raises TypeError for logits that are not float32, ValueError for shapes, slots or a rate that do not fit.
+    """
+    check_inputs(logits_BK, candidate_BK, slots_B, batch_size, rate, reject_pool)
+    if rate == 0 or batch_size == 0:
+        return torch.zeros_like(candidate_BK)
+    several = group is not None and dist.get_world_size(group) > 1
+    if several or logits_BK.device.type != "cpu":
+        return select_by_histogram(
+            logits_BK, candidate_BK, slots_B, batch_size, rate, reject_of, reject_pool, group if several else None
+        )
+    flat = select_by_partition(
+        logits_BK.detach().numpy(),
+        np.flatnonzero(~candidate_BK.numpy()),
+        slots_B.numpy(),
+        batch_size,
+        rate,
+        reject_of,
+        reject_pool,
+    )
+    rejected_BK = torch.zeros_like(candidate_BK)
+    rejected_BK.numpy().reshape(-1)[flat] = True
+    return rejected_BK
+
+
+def check_inputs(
+    logits_BK: Tensor,
+    candidate_BK: Tensor,
+    slots_B: Tensor,
+    batch_size: int,
+    rate: Fraction,
+    reject_pool: int | None,
+) -> None:
+    """Raise for inputs that cannot be ranked. Values on a GPU are not looked at, for that would wait for the device."""
+    if logits_BK.dtype != torch.float32:
+        raise TypeError(f"logits are {logits_BK.dtype}; ranking needs torch.float32: pass logits.float()")
+    if logits_BK.ndim != 2 or logits_BK.shape != candidate_BK.shape or slots_B.shape != logits_BK.shape[:1]:
+        raise ValueError(
+            f"shapes do not fit: logits {tuple(logits_BK.shape)}, labels {tuple(candidate_BK.shape)}, "
+            f"slots {tuple(slots_B.shape)}; needed are [B, K], [B, K] and [B]"
+        )
+    if not 0 <= rate <= 1:
+        raise ValueError(f"reject rate is {rate}; it is a fraction from 0 to 1")
+    pool_images = min(reject_pool or batch_size, batch_size)
+    if pool_images * logits_BK.shape[1] > MAX_POOL:
+        raise ValueError(
+            f"a pool of {pool_images} images x {logits_BK.shape[1]} classes is above {MAX_POOL} labels: set loss.reject_pool lower"
+        )
+    if slots_B.device.type == "cpu" and len(slots_B):
+        low, high = slots_B.aminmax()
+        if low < 0 or high >= batch_size:
+            raise ValueError(f"slots from {int(low)} to {int(high)} lie outside a batch of {batch_size}")
+
+
+def images_in_pools(batch_size: int, reject_pool: int | None) -> np.ndarray:
+    """int64 [P]: images of each pool of the global batch."""
+    size = reject_pool or batch_size
+    return np.minimum(size, batch_size - np.arange(num_pools(batch_size, reject_pool)) * size)
+
+
+def keys_of(logits: np.ndarray) -> np.ndarray:
+    """int32 keys in the order of the float32 logits: 0.0 and -0.0 the same, NaN the lowest."""
+    bits = (logits + np.float32(0)).view(np.int32)
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys[np.isnan(logits)] = LOWEST_KEY
+    return keys
+
+
+def select_by_partition(
+    logits_BK: np.ndarray,
+    observed: np.ndarray,
+    slots_B: np.ndarray,
+    batch_size: int,
+    rate: Fraction,
+    reject_of: str,
+    reject_pool: int | None,
+) -> np.ndarray:
+    """Flat indices into [B, K] of the labels to reject, for one worker that holds the whole batch.
+
+    observed: flat indices, ascending, of the labels that are not candidates.
+    """
+    B, K = logits_BK.shape
+    P = num_pools(batch_size, reject_pool)
+    if B == 0 or K == 0:
+        return np.empty(0, np.int64)
+    order = None if B < 2 or (slots_B[1:] > slots_B[:-1]).all() else np.argsort(slots_B, kind="stable")
+    if order is not None:
+        is_observed_BK = np.zeros((B, K), bool)
+        is_observed_BK.reshape(-1)[observed] = True
+        logits_BK, slots_B = logits_BK[order], slots_B[order]
+        observed = np.flatnonzero(is_observed_BK[order])
+    size = reject_pool or batch_size
+    # Rows lie in the order of their slots now, so that a pool is a run of the flat logits.
+    starts = np.searchsorted(slots_B, np.arange(P + 1) * size) * K
+    lengths = np.diff(starts)
+    candidates = lengths - np.diff(np.searchsorted(observed, starts))
+    if reject_of == "unobserved":
+        counts = candidates
+    else:
+        counts = images_in_pools(batch_size, reject_pool) * K
+    exact = round_up_to(rate, MAX_POOL)
+    wanted = np.minimum(-(-counts * exact.numerator // exact.denominator), candidates)
+
+    flat = np.ascontiguousarray(logits_BK).reshape(-1)
+    kept = _above_bracket(flat, observed, starts, wanted)
+    keys = keys_of(flat[kept])
+    if P == 1:
+        chosen = _first_k(keys, int(wanted[0]))
+    else:
+        pool = np.searchsorted(starts, kept, side="right") - 1
+        chosen = _first_k_of_pools(keys, pool, wanted)
+    rejected = kept[chosen]
+    if order is not None:
+        rejected = order[rejected // K] * K + rejected % K
+    return rejected
+
+
+def _above_bracket(
+    flat: np.ndarray, observed: np.ndarray, starts: np.ndarray, wanted: np.ndarray
+) -> np.ndarray:
+    """Flat indices, ascending, of candidates that include the `wanted` highest of each pool: few where a sample allows."""
+    parts = []
+    for start, end, k in zip(starts[:-1], starts[1:], wanted, strict=True):
+        if k == 0:
+            continue
+        values = flat[start:end]
+        n = len(values)
+        mine = observed[slice(*np.searchsorted(observed, (start, end)))] - start
+        kept = None
+        if n > 4 * SAMPLES:
+            stride = (n // SAMPLES) | 1
+            sample = values[::stride]
+            expected = len(sample) * k / n
+            # The observed labels in the sample only loosen the bracket, and so do NaNs, which fail the comparison below.
+            rank = int(expected + 4 * expected**0.5 + 4 + len(sample) * len(mine) / n)
+            if rank < len(sample) // 2:
+                bracket = np.partition(sample, len(sample) - rank)[len(sample) - rank]
+                kept = _without(np.flatnonzero(values >= bracket), mine)
+        if kept is None or len(kept) < k:
+            kept = _without(np.arange(n), mine)
+        parts.append(kept + start)
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def _without(indices: np.ndarray, removed: np.ndarray) -> np.ndarray:
+    """`indices` less `removed`, both ascending."""
+    if len(removed) == 0 or len(indices) == 0:
+        return indices
+    place = np.searchsorted(removed, indices)
+    np.minimum(place, len(removed) - 1, out=place)
+    return indices[removed[place] != indices]
+
+
+def _first_k(keys: np.ndarray, k: int) -> np.ndarray:
+    """Positions, ascending, of the k highest keys, earlier positions first among equals."""
+    if k == 0:
+        return np.empty(0, np.int64)
+    threshold = np.partition(keys, len(keys) - k)[len(keys) - k]
+    chosen = keys >= threshold
+    surplus = int(np.count_nonzero(chosen)) - k
+    if surplus:
+        chosen[np.flatnonzero(keys == threshold)[-surplus:]] = False
+    return np.flatnonzero(chosen)
+
+
+def _first_k_of_pools(keys: np.ndarray, pool: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """As `_first_k` in each pool; `pool` ascends, and each has at least its `wanted` keys."""
+    if len(keys) == 0:
+        return np.empty(0, np.int64)
+    inverted = np.int64(2**31 - 1) - keys
+    composite = (pool.astype(np.uint64) << np.uint64(32)) | inverted.astype(np.uint64)
+    in_order = np.sort(composite)
+    first = np.searchsorted(pool, np.arange(len(wanted)))
+    threshold = in_order[np.minimum(first + np.maximum(wanted, 1) - 1, len(in_order) - 1)]
+    own = threshold[pool]
+    above, tied = composite < own, composite == own
+    needed = wanted - np.bincount(pool[above], minlength=len(wanted))
+    ties = np.flatnonzero(tied)
+    tied_pool = pool[ties]
+    rank = np.arange(len(ties)) - np.searchsorted(tied_pool, tied_pool)
+    above[ties[rank < needed[tied_pool]]] = True
+    above &= wanted[pool] > 0
+    return np.flatnonzero(above)
+
+
+def select_by_histogram(
+    logits_BK: Tensor,
+    candidate_BK: Tensor,
+    slots_B: Tensor,
+    batch_size: int,
+    rate: Fraction,
+    reject_of: str,
+    reject_pool: int | None,
+    group: RejectGroup | None,
+    *,
+    compress: bool | None = None,
+) -> Tensor:
+    """The labels to reject, bool [B, K], by a radix select over all workers of `group`.
+
+    compress: drop the labels out of play between the digits. It is faster on a CPU and its default there; on a GPU the
+    sizes would have to be waited for, so that every pass runs over all labels.
+    """
+    B, K = logits_BK.shape
+    P = num_pools(batch_size, reject_pool)
+    size = reject_pool or batch_size
+    device = logits_BK.device
+    if compress is None:
+        compress = device.type == "cpu"
+    pool_B = slots_B // size
+
+    bits_BK = (logits_BK.detach() + 0.0).view(torch.int32)
+    key_BK = bits_BK ^ ((bits_BK >> 31) & 0x7FFFFFFF)
+    key_BK = torch.where(logits_BK.isnan(), LOWEST_KEY, key_BK)
+    # As unsigned digits: the lowest key becomes 0.
+    unsigned_BK = key_BK.to(torch.int64) + 2**31
+
+    # Labels in play: those whose leading digits equal their pool's threshold so far.
+    if compress:
+        play = candidate_BK.reshape(-1).nonzero().squeeze(1)
+        key, pool = unsigned_BK.reshape(-1)[play], pool_B[play // max(K, 1)]
+        in_play = None
+    else:
+        key, pool = unsigned_BK.reshape(-1), pool_B[:, None].expand(B, K).reshape(-1)
+        in_play = candidate_BK.reshape(-1)
+
+    needed_P = torch.zeros(P, dtype=torch.int64, device=device)
+    threshold_P = torch.zeros(P, dtype=torch.int64, device=device)
+    for shift, width in DIGITS:
+        digit = (key >> shift) & (2**width - 1)
+        counts_PD = _histogram(digit, pool, in_play, P, 2**width)
+        if group is not None:
+            dist.all_reduce(counts_PD, group=group)
+        # Labels in play with this digit or a higher one.
+        at_least_PD = counts_PD.to(torch.int64).flip(1).cumsum(1).flip(1)
+        if shift == DIGITS[0][0]:
+            needed_P = _exact_k(at_least_PD[:, 0], batch_size, K, rate, reject_of, reject_pool)
+        digit_P = (at_least_PD >= needed_P[:, None]).sum(1) - 1
+        above_PD = at_least_PD - counts_PD
+        needed_P = needed_P - above_PD.gather(1, digit_P[:, None]).squeeze(1)
+        threshold_P = threshold_P | (digit_P << shift)
+        same = digit == digit_P[pool]
+        if compress:
+            key, pool = key[same], pool[same]
+        else:
+            in_play = cast(Tensor, in_play) & same
+
+    # needed_P ties are left to take in each pool: by slot over all workers, then by class.
+    threshold_B = threshold_P[pool_B]
+    tied_BK = (unsigned_BK == threshold_B[:, None]) & candidate_BK
+    ties_S = torch.zeros(batch_size, dtype=torch.int32, device=device)
+    ties_S = ties_S.scatter(0, slots_B, tied_BK.sum(1, dtype=torch.int32))
+    if group is not None:
+        dist.all_reduce(ties_S, group=group)
+    before_S = ties_S.to(torch.int64).cumsum(0) - ties_S
+    first_P = torch.arange(P, device=device) * size
+    before_B = before_S[slots_B] - before_S[first_P][pool_B]
+    allowed_B = needed_P[pool_B] - before_B
+    taken_BK = tied_BK & (tied_BK.cumsum(1, dtype=torch.int32) <= allowed_B[:, None])
+    return ((unsigned_BK > threshold_B[:, None]) & candidate_BK) | taken_BK
+
+
+def _exact_k(
+    candidates_P: Tensor, batch_size: int, K: int, rate: Fraction, reject_of: str, reject_pool: int | None
+) -> Tensor:
+    """int64 [P] on the device: ceil(rate * count), at most the candidates."""
+    exact = round_up_to(rate, MAX_POOL)
+    if reject_of == "unobserved":
+        count_P = candidates_P
+    else:
+        size = reject_pool or batch_size
+        first_P = torch.arange(len(candidates_P), device=candidates_P.device) * size
+        count_P = (batch_size - first_P).clamp(max=size) * K
+    k_P = (count_P * exact.numerator + (exact.denominator - 1)).div(exact.denominator, rounding_mode="floor")
+    return torch.minimum(k_P, candidates_P)
+
+
+def _histogram(digit: Tensor, pool: Tensor, in_play: Tensor | None, P: int, D: int) -> Tensor:
+    """int32 [P, D]: labels in play by pool and digit."""
+    if digit.device.type == "cpu" and in_play is None:
+        counts = np.bincount((pool * D + digit).numpy(), minlength=P * D)
+        return torch.from_numpy(counts.astype(np.int32)).view(P, D)
+    # On a GPU many labels share a digit: adding them into copies of the histogram keeps their additions apart. A label
+    # out of play adds 0, at a place of its own.
+    copies = max(1, 32 // P)
+    place = torch.arange(len(digit), device=digit.device)
+    play = torch.ones_like(digit, dtype=torch.bool) if in_play is None else in_play
+    bin_ = torch.where(play, digit, place % D)
+    index = (pool * copies + place % copies) * D + bin_
+    counts = torch.zeros(P * copies * D, dtype=torch.int32, device=digit.device)
+    counts.scatter_add_(0, index, play.to(torch.int32))
+    return counts.view(P, copies, D).sum(1, dtype=torch.int32)

@@ -1,0 +1,70 @@
+"""Settings of the losses, the exact reject rate, and the warning about a rate that rejects too much."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from paml.errors import SettingsError
+from paml.losses.registry import LOSSES
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    name: str = "ll-r"
+    """an, iu, full, ll-r, ll-ct or ll-cp: the keys of `paml.losses.LOSSES`."""
+    reject_rate_step: float = 0.002
+    """Share of a pool's labels by which rejection grows each epoch after the first; LL-Cp rejects this share every
+    epoch. A fraction, never percent. It is read as the decimal that is written: 0.001 is exactly 1/1000."""
+    reject_of: Literal["unobserved", "all"] = "unobserved"
+    """What the rate is a share of: the unobserved labels, as the papers write, or all entries, as their code does."""
+    reject_pool: int | None = None
+    """Number of consecutive slots of the global batch that are ranked together; null ranks the global batch."""
+
+    def __post_init__(self) -> None:
+        if self.name not in LOSSES:
+            raise SettingsError(f"loss.name is {self.name!r}; allowed are {', '.join(LOSSES)}")
+        if not 0 <= self.reject_rate_step <= 1:
+            raise SettingsError(
+                f"loss.reject_rate_step is {self.reject_rate_step}; it is a fraction from 0 to 1 (half a percent is 0.005)"
+            )
+        if self.reject_of not in ("unobserved", "all"):
+            raise SettingsError(f"loss.reject_of is {self.reject_of!r}; allowed are unobserved, all")
+        if self.reject_pool is not None and self.reject_pool < 1:
+            raise SettingsError(
+                f"loss.reject_pool is {self.reject_pool}; it is a number of images, at least 1, or null for the whole batch"
+            )
+
+
+def reject_rate(settings: LossSettings, epoch: int) -> Fraction:
+    """The exact share of a pool to reject in an epoch (counted from 1): 0 in epoch 1, never above 1."""
+    if epoch < 1:
+        raise ValueError(f"epoch is {epoch}; epochs are counted from 1")
+    return LOSSES[settings.name].rate(Fraction(str(settings.reject_rate_step)), epoch)
+
+
+def check_reject_rate(
+    settings: LossSettings, *, epochs: int, num_classes: int, unobserved_positives_per_image: float
+) -> str | None:
+    """A warning where more than twice the positives expected unobserved in an image would be rejected, else None.
+
+    `unobserved_positives_per_image`: what is expected, for example the mean number of objects in an image less its
+    observed positives. LL-Cp's corrections add up over epochs, so the sum of its rates is judged.
+    """
+    loss = LOSSES[settings.name]
+    if not loss.rejects or epochs < 2:
+        return None
+    last = reject_rate(settings, epochs)
+    rate = min(last * (epochs - 1), Fraction(1)) if loss.corrects else last
+    rejected = float(rate) * num_classes
+    if rejected <= 2 * unobserved_positives_per_image:
+        return None
+    at_most = 2 * unobserved_positives_per_image / num_classes / (epochs - 1)
+    digits = 1 - math.floor(math.log10(at_most)) if at_most > 0 else 1
+    fitting = math.floor(at_most * 10**digits) / 10**digits
+    return (
+        f"loss.reject_rate_step {settings.reject_rate_step:g} rejects {rejected:.3g} labels an image by epoch {epochs} "
+        f"({float(rate):.3g} of {num_classes} classes), more than twice the {unobserved_positives_per_image:.3g} "
+        f"positives expected unobserved in an image: most of them would be true negatives. "
+        f"A step of {fitting:.2g} or less fits"
+    )
