@@ -1,0 +1,193 @@
+"""The manifest of a folder of shards: where each image lies, and the checksums to tell that it is whole.
+
+An Arrow IPC file of one record batch, memory-mapped, shared by all processes of a machine. Rows stand by
+shard, and within a shard as in the tar.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from paml import storage
+from paml.errors import DataError
+
+MANIFEST_NAME = "manifest.arrow"
+SCHEMA_VERSION = 1
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.int32()),
+        ("offset", pa.int64()),
+        ("size", pa.int32()),
+        ("crc32", pa.uint32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardInfo:
+    """One tar file."""
+
+    name: str
+    """Relative to the manifest's folder; a whole path or URL for shards that were indexed where they lie."""
+    count: int
+    """Images in it."""
+    bytes: int
+    """Size of the tar file."""
+    sha256: str
+    """Hex digest of the tar file."""
+
+
+class Manifest:
+    """What a folder of shards holds. Make one by `Manifest.open`; pickles as its folder.
+
+    `shard` int32[N], `offset` int64[N] (of the image's first byte within the tar), `size` int32[N] (bytes),
+    `crc32` uint32[N] (of the image's bytes), `width` and `height` int32[N] are views of the mapped file.
+    """
+
+    def __init__(self, folder: str, batch: pa.RecordBatch) -> None:
+        metadata = {key.decode(): value.decode() for key, value in (batch.schema.metadata or {}).items()}
+        self.folder = folder
+        self._batch = batch
+        self.shards: tuple[ShardInfo, ...] = tuple(ShardInfo(**s) for s in json.loads(metadata["shards"]))
+        self.num_samples: int = batch.num_rows
+        self.digest: str = metadata["digest"]
+        self.settings: dict[str, Any] = json.loads(metadata["settings"])
+        """The settings that the shards were written with; empty for shards of other people."""
+        self.report: dict[str, Any] = json.loads(metadata["report"])
+        """Counts of the run that wrote the shards or the index."""
+        self.shard = self._view("shard")
+        self.offset = self._view("offset")
+        self.size = self._view("size")
+        self.crc32 = self._view("crc32")
+        self.width = self._view("width")
+        self.height = self._view("height")
+
+    def _view(self, name: str) -> np.ndarray:
+        return self._batch.column(name).to_numpy(zero_copy_only=True)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> "Manifest":
+        """Open the manifest of a folder, local or remote.
+
+        Raises DataError where there is none, or it is cut, or of another schema version.
+        """
+        folder = os.fspath(folder)
+        path = storage.join(folder, MANIFEST_NAME)
+        if not storage.exists(path):
+            raise DataError(
+                f"{folder} holds no {MANIFEST_NAME}: write shards with write_shards "
+                "(a run that was cut off goes on where it stood), or index WebDataset's own with index_shards"
+            )
+        try:
+            with pa.memory_map(storage.local_copy(path)) as source:
+                reader = pa.ipc.open_file(source)
+                schema, batches = (
+                    reader.schema,
+                    [reader.get_batch(i) for i in range(reader.num_record_batches)],
+                )
+        except (pa.ArrowInvalid, pa.ArrowException) as error:
+            raise DataError(f"{path} is damaged or cut ({error}): write or copy it again") from error
+        version = (schema.metadata or {}).get(b"schema_version", b"none").decode()
+        if version != str(SCHEMA_VERSION):
+            raise DataError(
+                f"{path} has schema version {version}, this paml reads {SCHEMA_VERSION}: "
+                "write the shards again or use the paml that wrote them"
+            )
+        return cls(folder, batches[0] if batches else pa.RecordBatch.from_pylist([], schema=schema))
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return Manifest.open, (self.folder,)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def keys(self) -> pa.StringArray:
+        """The key of each image, N strings."""
+        return self._batch.column("key")
+
+    def key(self, index: int) -> str:
+        return self._batch.column("key")[int(index)].as_py()
+
+    def shard_path(self, shard: int) -> str:
+        """Path or URL of a shard's tar file."""
+        name = self.shards[int(shard)].name
+        return name if storage.is_remote(name) or os.path.isabs(name) else storage.join(self.folder, name)
+
+    def rows_of_shard(self, shard: int) -> slice:
+        """The rows of one shard: they stand together."""
+        return slice(
+            int(np.searchsorted(self.shard, shard, side="left")),
+            int(np.searchsorted(self.shard, shard, side="right")),
+        )
+
+
+def batch_bytes(batch: pa.RecordBatch) -> bytes:
+    """A record batch as the bytes of an Arrow IPC file."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def make_batch(
+    *,
+    keys: Sequence[str] | pa.Array,
+    shard: np.ndarray,
+    offset: np.ndarray,
+    size: np.ndarray,
+    crc32: np.ndarray,
+    width: np.ndarray,
+    height: np.ndarray,
+) -> pa.RecordBatch:
+    columns = [pa.array(keys, pa.string())]
+    for field, values in zip(list(SCHEMA)[1:], (shard, offset, size, crc32, width, height), strict=True):
+        columns.append(pa.array(np.asarray(values), type=field.type))
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def shards_digest(shards: Sequence[ShardInfo]) -> str:
+    """One digest for a set of shards: SHA-256 over the names, counts and digests of their tar files."""
+    lines = [f"{os.path.basename(s.name)} {s.count} {s.bytes} {s.sha256}\n" for s in shards]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def write_manifest(
+    folder: str,
+    batch: pa.RecordBatch,
+    shards: Sequence[ShardInfo],
+    *,
+    settings: dict[str, Any],
+    report: dict[str, Any],
+) -> Manifest:
+    """Write `manifest.arrow` atomically and open it."""
+    metadata = {
+        "schema_version": str(SCHEMA_VERSION),
+        "digest": shards_digest(shards),
+        "settings": json.dumps(settings, sort_keys=True),
+        "report": json.dumps(report, sort_keys=True),
+        "shards": json.dumps([dataclasses.asdict(s) for s in shards]),
+    }
+    storage.write_bytes(
+        storage.join(folder, MANIFEST_NAME), batch_bytes(batch.replace_schema_metadata(metadata))
+    )
+    return Manifest.open(folder)
+
+
+def rejects_csv(rejects: Sequence[tuple[str, str]]) -> bytes:
+    """Rows of (key, reason) as CSV with a header line, sorted by key."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("key", "reason"))
+    writer.writerows(sorted(rejects))
+    return out.getvalue().encode("utf-8", "backslashreplace")
