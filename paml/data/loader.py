@@ -6,7 +6,7 @@ Decoders release the GIL, so threads fill a batch in place without the copies th
 import collections
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -67,7 +67,9 @@ class Batch:
     slots: torch.Tensor
     """int64 [b], slot in the global batch; pools and ties go by it."""
     rows: np.ndarray
-    """int64 [b], rows of the label table."""
+    """int64 [b], rows of the label table; -1 where it does not know the image."""
+    keys: Callable[[], list[str]]
+    """Names the images; looked up only when somebody asks."""
     labels: LabelTriples
     """Observed labels, LL-Cp's corrections written in, the probe taken out."""
     probe: LabelTriples
@@ -91,6 +93,13 @@ class LabelSource:
     overlay: LabelOverlay | None = None
     probe: float = 0.0
     seed: int = 0
+
+
+def lookup_known(table: LabelTable, rows: np.ndarray) -> Triples:
+    """Observed labels of `rows` (int64[b]); a row of -1, an image that the table does not know, has none."""
+    known = np.flatnonzero(rows >= 0)
+    triples = table.lookup(rows[known])
+    return triples._replace(image=known[triples.image].astype(np.int32))
 
 
 class Loader:
@@ -171,12 +180,12 @@ class Loader:
             self._refuse_too_many(bad)
         rows = self.samples.row[chosen]
         source = self.labels
-        kept, hidden = split_probe(source.table.lookup(rows), rows, source.table, source.probe, source.seed)
+        kept, hidden = split_probe(lookup_known(source.table, rows), rows, source.table, source.probe, source.seed)
         if source.overlay is not None:
             kept = source.overlay.apply(kept, rows)
         truth = None
         if source.truth is not None and source.truth_rows is not None:
-            truth = LabelTriples.of(source.truth.lookup(source.truth_rows[chosen]))
+            truth = LabelTriples.of(lookup_known(source.truth, source.truth_rows[chosen]))
         flips = draw_flips(self.seed, self.epoch, self.samples.index[chosen], self.flip)
         return Batch(
             step=step,
@@ -184,6 +193,7 @@ class Loader:
             flips=torch.from_numpy(flips),
             slots=torch.from_numpy(slots),
             rows=rows,
+            keys=lambda: [self.reader.manifest.key(int(self.samples.index[sample])) for sample in chosen],
             labels=LabelTriples.of(kept),
             probe=LabelTriples.of(hidden),
             truth=truth,

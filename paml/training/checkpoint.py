@@ -1,0 +1,139 @@
+"""Checkpoints: whole or absent, on local disk or S3, with nothing unpickled.
+
+`<run>/checkpoints/step-000001234/` holds safetensors and one JSON file; COMMIT, written last, lists the size and
+SHA-256 of each, and a folder without a COMMIT that agrees with its files does not count (S3 has no rename).
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from paml import storage
+from paml.errors import CheckpointError, SettingsError
+
+SCHEMA_VERSION = 1
+_NAME = re.compile(r"step-(\d{9})")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """When checkpoints are written and which are kept. One is always written at the end of an epoch."""
+
+    every_steps: int | None = None
+    """Also after every so many steps of the optimiser within an epoch; null for epochs alone."""
+    keep: int | None = 2
+    """Newest checkpoints kept, beside those of the best epochs; null keeps all."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"checkpoint.{name} is {value}; it must be at least 1, or null")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a step left: named groups of tensors, and facts that JSON can hold."""
+
+    tensors: dict[str, dict[str, torch.Tensor]]
+    facts: dict[str, Any]
+
+
+def _folder(run_folder: str) -> str:
+    return storage.join(run_folder, "checkpoints")
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder's name for a count of optimiser steps."""
+    return f"step-{step:09d}"
+
+
+def write_checkpoint(run_folder: str, step: int, checkpoint: Checkpoint) -> str:
+    """Write all files, then COMMIT; returns the folder's name. A folder left without COMMIT is written anew."""
+    name = checkpoint_name(step)
+    folder = storage.join(_folder(run_folder), name)
+    if storage.exists(storage.join(folder, "COMMIT")):
+        try:
+            read_checkpoint(run_folder, name, groups=())
+            return name  # the same step of the same run computes the same bits
+        except CheckpointError:
+            storage.delete_folder(folder)
+    files = {
+        f"{group}.safetensors": save({key: value.detach().contiguous().cpu() for key, value in tensors.items()})
+        for group, tensors in checkpoint.tensors.items()
+    }
+    files["facts.json"] = json.dumps(checkpoint.facts).encode()
+    for file, data in files.items():
+        storage.write_bytes(storage.join(folder, file), data)
+    listed = {file: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for file, data in files.items()}
+    commit = {"schema_version": SCHEMA_VERSION, "step": step, "files": listed}
+    storage.write_bytes(storage.join(folder, "COMMIT"), json.dumps(commit).encode())
+    return name
+
+
+def read_checkpoint(run_folder: str, name: str, groups: tuple[str, ...] | None = None) -> Checkpoint:
+    """Read and verify; `groups` limits which tensors are read (None: all).
+
+    Raises CheckpointError where COMMIT is absent, of another schema, or a file differs in size or digest.
+    """
+    folder = storage.join(_folder(run_folder), name)
+    try:
+        commit = json.loads(storage.read_bytes(storage.join(folder, "COMMIT")))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} has no COMMIT: it was never finished") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/COMMIT cannot be read: {error}") from error
+    if commit.get("schema_version") != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{folder} has schema version {commit.get('schema_version')}, this paml reads {SCHEMA_VERSION}"
+        )
+    contents: dict[str, bytes] = {}
+    for file, fact in commit["files"].items():
+        group = file.removesuffix(".safetensors")
+        if file != "facts.json" and groups is not None and group not in groups:
+            continue
+        try:
+            data = storage.read_bytes(storage.join(folder, file))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{folder}/{file} is missing") from error
+        if len(data) != fact["size"] or hashlib.sha256(data).hexdigest() != fact["sha256"]:
+            raise CheckpointError(
+                f"{folder}/{file} is damaged: {len(data)} bytes, not the {fact['size']} bytes that were written"
+                if len(data) != fact["size"]
+                else f"{folder}/{file} is damaged: its SHA-256 differs"
+            )
+        contents[file] = data
+    facts = json.loads(contents.pop("facts.json"))
+    return Checkpoint({file.removesuffix(".safetensors"): load(data) for file, data in contents.items()}, facts)
+
+
+def committed(run_folder: str) -> list[str]:
+    """Names of the folders that have a COMMIT, oldest first."""
+    files = storage.list_files(_folder(run_folder))
+    return sorted(name for name in {f.split("/")[0] for f in files if f.endswith("/COMMIT")} if _NAME.fullmatch(name))
+
+
+def newest_checkpoint(run_folder: str) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint (None where there is none) and what was wrong with newer ones."""
+    faults: list[str] = []
+    for name in reversed(committed(run_folder)):
+        try:
+            return read_checkpoint(run_folder, name), faults
+        except CheckpointError as error:
+            faults.append(str(error))
+    return None, faults
+
+
+def tidy(run_folder: str, *, keep: int | None, also: set[str]) -> None:
+    """Remove all but the newest `keep` checkpoints and those named in `also`, and any that was never finished."""
+    whole = committed(run_folder)
+    kept = set(whole if keep is None else whole[-keep:]) | also
+    found = {file.split("/")[0] for file in storage.list_files(_folder(run_folder))}
+    for name in sorted(found - kept):
+        storage.delete(storage.join(_folder(run_folder), name, "COMMIT"))
+        storage.delete_folder(storage.join(_folder(run_folder), name))

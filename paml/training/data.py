@@ -1,0 +1,163 @@
+"""The data of a run: manifests and label tables of its splits, joined once, and loaders over them."""
+
+import dataclasses
+
+import numpy as np
+
+from paml import storage
+from paml.data.loader import LabelSource, Loader
+from paml.data.plan import EpochPlan, Samples, join, plan_epoch, worker_slots
+from paml.data.settings import DataSettings
+from paml.errors import DataError, SettingsError
+from paml.labels.overlay import LabelOverlay
+from paml.labels.table import LabelTable
+from paml.shards.manifest import Manifest
+from paml.shards.reader import ShardReader
+from paml.training.settings import TrainSettings
+from paml.training.world import World
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One set of images with its labels."""
+
+    name: str
+    manifest: Manifest
+    table: LabelTable
+    samples: Samples
+    truth: LabelTable | None = None
+    truth_rows: np.ndarray | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Side of the stored pictures in pixels; raises SettingsError where they differ."""
+        widths, heights = np.asarray(self.manifest.width), np.asarray(self.manifest.height)
+        side = int(widths[0])
+        if (widths == side).all() and (heights == side).all():
+            return side
+        raise SettingsError(
+            f"the images of {self.manifest.folder} differ in size; set data.image_size to the training size in pixels"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """All splits of a run."""
+
+    train: Split
+    validation: Split
+    test: Split | None
+    image_size: int
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """MIDs, in the order of the head's maps."""
+        return self.train.table.classes
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Display names, in the same order; they may repeat."""
+        return self.train.table.names
+
+
+def _need(path: str, settings: DataSettings) -> str:
+    if not storage.exists(path):
+        raise DataError(
+            f"{path} is not there. Prepare the data first: `python jobs/prepare_openimages.py --help` shows how "
+            f"(it fills data.root, now {settings.root}), or point data.root at a prepared folder"
+        )
+    return path
+
+
+def open_split(settings: DataSettings, split: str, labels: str, *, images: str, truth: str | None = None) -> Split:
+    """Open one split and join its keys to the table's rows. Raises DataError, SettingsError."""
+    folder = storage.join(settings.root, "shards", split)
+    _need(storage.join(folder, "manifest.arrow"), settings)
+    manifest = Manifest.open(folder)
+    table = LabelTable.open(_need(storage.join(settings.root, labels), settings))
+    samples = join(manifest, table, images)  # pyright: ignore[reportArgumentType]
+    if truth is None or not storage.exists(storage.join(settings.root, truth)):
+        return Split(split, manifest, table, samples)
+    full = LabelTable.open(storage.join(settings.root, truth))
+    same_classes(table, full)
+    rows = np.asarray(full.rows_of(manifest.keys()))[samples.index]
+    return Split(split, manifest, table, samples, full, rows)
+
+
+def same_classes(first: LabelTable, second: LabelTable) -> None:
+    """Raise DataError unless both tables number their classes alike."""
+    if first.classes != second.classes:
+        raise DataError(
+            f"{first.path} has {first.num_classes} classes and {second.path} has {second.num_classes}, or in another "
+            "order: build both tables with the same classes-trainable.txt"
+        )
+
+
+def open_data(settings: DataSettings) -> RunData:
+    """Open all splits. Raises DataError naming what is missing and the command that makes it."""
+    train = open_split(
+        settings, settings.train_split, settings.train_labels, images=settings.images, truth=settings.train_truth
+    )
+    scored = []
+    for split in (settings.validation_split, settings.test_split):
+        scored.append(None if split is None else open_split(settings, split, f"labels/{split}.arrow", images="observed"))
+    for split in scored:
+        if split is not None:
+            same_classes(train.table, split.table)
+    size = settings.image_size or train.image_size
+    return RunData(train, scored[0], scored[1], size)
+
+
+def train_loader(
+    settings: TrainSettings, data: RunData, world: World, *, epoch: int, start: int, overlay: LabelOverlay, probe: float
+) -> Loader:
+    """The worker's share of a training epoch, from global batch `start` on."""
+    split, own = data.train, settings.data
+    plan = plan_epoch(
+        split.samples,
+        batch_size=settings.batch_size,
+        epoch=epoch,
+        seed=settings.seed,
+        window=own.shuffle_window,
+    )
+    labels = LabelSource(split.table, split.truth, split.truth_rows, overlay, probe, settings.seed)
+    slots = worker_slots(settings.batch_size, world.rank, world.size)
+    return _loader(settings, split, labels, plan, slots, data.image_size, world, epoch, start, own.flip)
+
+
+def eval_loader(settings: TrainSettings, split: Split, image_size: int, world: World) -> Loader:
+    """The worker's share of a split in the manifest's order, each image once, no flips."""
+    batch = settings.eval_batch_size or 2 * settings.batch_size
+    plan = plan_epoch(split.samples, batch_size=batch, epoch=0, seed=0, window=1, shuffle=False)
+    slots = worker_slots(batch, world.rank, world.size)
+    return _loader(settings, split, LabelSource(split.table), plan, slots, image_size, world, 0, 0, 0.0)
+
+
+def _loader(
+    settings: TrainSettings,
+    split: Split,
+    labels: LabelSource,
+    plan: EpochPlan,
+    slots: tuple[int, int],
+    image_size: int,
+    world: World,
+    epoch: int,
+    start: int,
+    flip: float,
+) -> Loader:
+    return Loader(
+        reader=ShardReader(split.manifest),
+        samples=split.samples,
+        labels=labels,
+        plan=plan,
+        slots=slots,
+        image_size=image_size,
+        epoch=epoch,
+        start=start,
+        seed=settings.seed,
+        flip=flip,
+        threads=settings.data.decode_threads,
+        prefetch=settings.data.prefetch,
+        max_bad_share=settings.data.max_bad_share,
+        pin=world.device.type == "cuda",
+    )

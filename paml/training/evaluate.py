@@ -1,0 +1,65 @@
+"""Scores of a model on annotated pairs: every image once, whatever the number of workers."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+
+from paml.data.device import Normaliser
+from paml.data.loader import Batch
+from paml.metrics import Pairs, gather_pairs
+from paml.models import CamClassifier
+from paml.models.cam import pool_logits
+from paml.training.world import World
+
+
+@torch.inference_mode()
+def score_pairs(
+    model: CamClassifier,
+    batches: Iterable[Batch],
+    *,
+    alphas: tuple[float, ...],
+    world: World,
+    normalise: Normaliser,
+    autocast: torch.dtype | None,
+    watch: Callable[[int], None] = lambda images: None,
+) -> dict[float, Pairs]:
+    """For each alpha the scores of all annotated pairs of all workers, on every worker.
+
+    One pass of the network serves all alphas, since the boost acts on its maps. Scores are float32 logits.
+    """
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    found: dict[float, list[np.ndarray]] = {alpha: [] for alpha in alphas}
+    classes: list[np.ndarray] = []
+    positive: list[np.ndarray] = []
+    for batch in batches:
+        if not len(batch):
+            continue
+        images = normalise(_move(batch.images, world.device))
+        with _autocast(world.device, autocast):
+            maps_BKHW = model.maps(images)
+        labels = batch.labels.to(world.device)
+        for alpha in alphas:
+            scores = pool_logits(maps_BKHW, alpha)[labels.image, labels.cls]
+            found[alpha].append(scores.cpu().numpy())
+        classes.append(batch.labels.cls.numpy())
+        positive.append(batch.labels.state.numpy() == 1)
+        watch(len(batch))
+    for module, mode in was_training.items():
+        module.training = mode
+    cls = np.concatenate([*classes, np.empty(0, np.int64)])
+    truth = np.concatenate([*positive, np.empty(0, bool)])
+    return {
+        alpha: gather_pairs(Pairs(cls, np.concatenate([*parts, np.empty(0, np.float32)]), truth), world.group)
+        for alpha, parts in found.items()
+    }
+
+
+def _move(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return images if device.type == "cpu" else images.to(device, non_blocking=True)
+
+
+def _autocast(device: torch.device, autocast: torch.dtype | None) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, autocast, enabled=autocast is not None)

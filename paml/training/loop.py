@@ -1,0 +1,356 @@
+"""A training run from its settings to its scores, in this process: Ray only starts several of them.
+
+What is computed depends on the settings and the data alone. Figures go to the journal, state to checkpoints.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from paml.data.plan import EpochPlan
+from paml.errors import PamlError, SettingsError
+from paml.losses import LOSSES, check_reject_rate
+from paml.metrics import Scores, scores_of_pairs
+from paml.models.cam import CamClassifier, build_model, set_training
+from paml.training.checkpoint import Checkpoint, checkpoint_name, newest_checkpoint, read_checkpoint, tidy, write_checkpoint
+from paml.training.data import RunData, Split, eval_loader, open_data, train_loader
+from paml.training.evaluate import score_pairs
+from paml.training.settings import TrainSettings, refuse_other_settings
+from paml.training.state import COUNTS, TrainState, load_state, new_state, save_state, share_corrections
+from paml.training.step import settle_waiting, train_step
+from paml.training.world import World
+
+
+class Figures(Protocol):
+    """What the loop needs of a journal."""
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        """Figures of one epoch."""
+        ...
+
+
+class Progress(Protocol):
+    """A bar over the batches of one pass."""
+
+    def update(self, n: int) -> Any:
+        """`n` more images are done."""
+        ...
+
+    def close(self) -> Any:
+        """The pass is over."""
+        ...
+
+
+class _NoProgress:
+    def update(self, n: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def terminal_bar(title: str, images: int) -> Progress:
+    """A tqdm bar where somebody watches, else nothing."""
+    if not sys.stderr.isatty():
+        return _NoProgress()
+    from tqdm import tqdm
+
+    return tqdm(total=images, desc=title, unit="img", leave=False, dynamic_ncols=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Watcher:
+    """Where a run reports; only the first worker's is called."""
+
+    journal: Figures | None = None
+    say: Callable[[str], None] = print
+    bar: Callable[[str, int], Progress] = lambda title, images: _NoProgress()
+    epoch_done: Callable[[dict[str, float]], None] = lambda figures: None
+    """Called on every worker once an epoch's checkpoint stands."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run ends with, for each alpha scored."""
+
+    best: dict[str, dict[str, Any]]
+    test: dict[str, Scores]
+    history: list[dict[str, float]]
+
+
+def run_folder_of(settings: TrainSettings) -> str:
+    """Where all of the run lies."""
+    from paml import storage
+
+    return storage.join(settings.run.storage, settings.run.name)
+
+
+def train(settings: TrainSettings, world: World, watcher: Watcher) -> Result:
+    """Train, score every epoch, and score the test split by the best one.
+
+    Goes on from the newest whole checkpoint of the run's folder: whether a run of this name may be taken up is
+    the launcher's to decide. Raises PamlError for anything that the user has to mend.
+    """
+    run_folder = run_folder_of(settings)
+    data = open_data(settings.data)
+    plan_steps = EpochPlan(data.train.samples.index, settings.batch_size).steps
+    model = build_model(settings.model, len(data.classes), seed=settings.seed)
+    state = new_state(settings, world, model, len(data.classes), plan_steps)
+    _resume(state, run_folder, watcher)
+    if world.first:
+        _describe(state, data, watcher)
+    share = _probe_share(settings, data)
+
+    while state.epoch <= settings.epochs and not _patience_over(state):
+        started, begun_at = time.monotonic(), state.step
+        _train_epoch(state, data, run_folder, share, watcher)
+        seconds = time.monotonic() - started
+        figures = _epoch_figures(state, data, seconds, begun_at)
+        scores = _score(state, data.validation, data, watcher, f"epoch {state.epoch} validation")
+        figures |= _score_figures(scores, "val", "groups")
+        figures["train/bad_images"] = float(figures.get("train/bad_images", 0))
+        if world.first and watcher.journal is not None:
+            watcher.journal.metrics(figures, state.epoch)
+        _end_epoch(state, run_folder, scores, figures)
+        if world.first:
+            watcher.say(_epoch_line(state, figures))
+        watcher.epoch_done(figures)
+
+    test = _score_best(state, data, run_folder, watcher)
+    return Result(state.best, test, state.history)
+
+
+def _resume(state: TrainState, run_folder: str, watcher: Watcher) -> None:
+    checkpoint, faults = newest_checkpoint(run_folder)
+    for fault in faults if state.world.first else ():
+        watcher.say(f"passed over a checkpoint: {fault}")
+    if checkpoint is None:
+        return
+    refuse_other_settings(checkpoint.facts["settings"], state.settings)
+    if checkpoint.facts["num_classes"] != state.num_classes:
+        raise SettingsError(
+            f"the label table has {state.num_classes} classes, the checkpoint's head has "
+            f"{checkpoint.facts['num_classes']}: train on the table that the run was begun with"
+        )
+    load_state(state, checkpoint)
+    if state.world.first:
+        watcher.say(
+            f"going on at epoch {state.epoch}, step {state.step} of {state.steps_per_epoch} "
+            f"({checkpoint_name(state.optimiser_step)})"
+        )
+
+
+def _probe_share(settings: TrainSettings, data: RunData) -> float:
+    """The probe estimates what full labels would tell, so it hides nothing where there are some."""
+    if data.train.truth is not None or not LOSSES[settings.loss.name].rejects:
+        return 0.0
+    return settings.data.probe
+
+
+def _describe(state: TrainState, data: RunData, watcher: Watcher) -> None:
+    settings, split = state.settings, data.train
+    computed = str(state.autocast or torch.float32).removeprefix("torch.")
+    watcher.say(
+        f"{len(split.samples):,} training images ({split.samples.unlabelled:,} without labels left out, "
+        f"{split.samples.missing:,} labelled ones have no image), {state.num_classes:,} classes, "
+        f"{data.image_size} px, {state.steps_per_epoch} steps of {settings.batch_size} an epoch, "
+        f"{state.world.size} worker(s) on {state.world.device.type} in {computed}"
+    )
+    expected = _unobserved_positives(split, data.validation)
+    warning = check_reject_rate(
+        settings.loss,
+        epochs=settings.epochs,
+        num_classes=state.num_classes,
+        unobserved_positives_per_image=expected,
+    )
+    if warning:
+        watcher.say(f"warning: {warning}")
+
+
+def _unobserved_positives(split: Split, validation: Split) -> float:
+    """Positives an image that training does not see: of the truth, else as many as validation shows.
+
+    Validation labels may be partial too; the figure is then a lower bound, which makes the warning stricter.
+    """
+    observed = split.table.class_counts()[0].sum() / max(1, split.table.num_images)
+    full = split.truth if split.truth is not None else validation.table
+    return max(0.0, float(full.class_counts()[0].sum() / max(1, full.num_images) - observed))
+
+
+def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float, watcher: Watcher) -> None:
+    settings = state.settings
+    set_training(state.model, settings.model)
+    state.network.training = True
+    loader = train_loader(
+        settings, data, state.world, epoch=state.epoch, start=state.step, overlay=state.overlay, probe=probe
+    )
+    bar = watcher.bar(f"epoch {state.epoch}/{settings.epochs}", len(loader) * settings.batch_size)
+    every = settings.checkpoint.every_steps
+    try:
+        for batch in loader:
+            before = state.optimiser_step
+            train_step(state, batch, last=state.step + 1 == state.steps_per_epoch)
+            bar.update(settings.batch_size)
+            if every and state.optimiser_step > before and state.optimiser_step % every == 0:
+                if state.step < state.steps_per_epoch:
+                    _save(state, run_folder)
+    finally:
+        bar.close()
+    settle_waiting(state)
+    share_corrections(state)
+
+
+def _save(state: TrainState, run_folder: str) -> str:
+    settle_waiting(state)
+    checkpoint = save_state(state)
+    if checkpoint is not None:
+        write_checkpoint(run_folder, state.optimiser_step, checkpoint)
+        kept = {best["checkpoint"] for best in state.best.values()}
+        tidy(run_folder, keep=state.settings.checkpoint.keep, also=kept)
+    state.world.barrier()
+    return checkpoint_name(state.optimiser_step)
+
+
+def _epoch_figures(state: TrainState, data: RunData, seconds: float, begun_at: int) -> dict[str, float]:
+    """The epoch's figures over all workers, in MLflow's names."""
+    counts = dict(zip(COUNTS, state.world.sum(state.counts.clone()).tolist(), strict=True))
+    loss = float(state.world.sum(state.loss_sum.clone()))
+    images = max(1, counts["images"])
+    share_done = (state.step - begun_at) / max(1, state.steps_per_epoch)
+    figures = {
+        "train/loss": loss / (images * state.num_classes),
+        "train/learning_rate": state.optimiser.param_groups[0]["lr"],
+        "train/images_per_second": images * share_done / max(seconds, 1e-9),
+        "train/bad_images": counts["bad_images"],
+    }
+    if not LOSSES[state.settings.loss.name].rejects:
+        return {name: float(value) for name, value in figures.items()}
+    rejected = counts["rejected"]
+    figures |= {
+        "rejection/rejected": rejected,
+        "rejection/rejected_share": rejected / max(1, counts["unobserved"]),
+    }
+    if LOSSES[state.settings.loss.name].corrects:
+        figures["rejection/corrected_in_all"] = len(state.overlay)
+    if data.train.truth is not None:
+        hits = counts["rejected_false_negatives"]
+        figures |= {
+            "rejection/rejected_false_negatives": hits,
+            "rejection/precision": hits / rejected if rejected else math.nan,
+            "rejection/recall": hits / max(1, counts["false_negatives"]),
+        }
+    for name, hidden, hits in (
+        ("probe_recall", counts["probe_positives"], counts["rejected_probe_positives"]),
+        ("probe_false_rejection", counts["probe_negatives"], counts["rejected_probe_negatives"]),
+    ):
+        if hidden:
+            figures[f"rejection/{name}"] = hits / hidden
+    return {name: float(value) for name, value in figures.items()}
+
+
+def scored_model(state: TrainState) -> CamClassifier:
+    """The averaged weights where they are kept, else the weights."""
+    return state.averaged if state.averaged is not None else state.model
+
+
+def _score(state: TrainState, split: Split, data: RunData, watcher: Watcher, title: str) -> dict[float, Scores]:
+    settings = state.settings
+    model = scored_model(state)
+    state.world.broadcast_buffers(model)
+    loader = eval_loader(settings, split, data.image_size, state.world)
+    bar = watcher.bar(title, -(-len(split.samples) // state.world.size))
+    pairs = score_pairs(
+        model,
+        loader,
+        alphas=settings.boost.scored,
+        world=state.world,
+        normalise=state.normalise,
+        autocast=state.autocast,
+        watch=bar.update,
+    )
+    bar.close()
+    counts = data.train.table.class_counts()
+    return {
+        alpha: scores_of_pairs(found, settings.metrics, num_classes=state.num_classes, train_counts=counts)
+        for alpha, found in pairs.items()
+    }
+
+
+def _score_figures(scores: dict[float, Scores], prefix: str, groups: str) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for place, (alpha, score) in enumerate(scores.items()):
+        end = "" if place == 0 else f"_alpha_{alpha:g}"
+        figures[f"{prefix}/map{end}"] = score.map
+        figures[f"{prefix}/micro_ap{end}"] = score.micro_ap
+        figures |= {f"{groups}/{name}{end}": value for name, value in score.groups.items()}
+    return figures
+
+
+def _end_epoch(
+    state: TrainState, run_folder: str, scores: dict[float, Scores], figures: dict[str, float]
+) -> None:
+    """Note the best, move to the next epoch, and leave a checkpoint of both."""
+    for alpha, score in scores.items():
+        best = state.best.get(f"{alpha:g}")
+        if best is None or score.map > best["map"]:
+            name = checkpoint_name(state.optimiser_step)
+            state.best[f"{alpha:g}"] = {"epoch": state.epoch, "map": score.map, "checkpoint": name}
+    state.history.append({"epoch": state.epoch, **figures})
+    state.loss_sum.zero_()
+    state.counts.zero_()
+    state.epoch, state.step = state.epoch + 1, 0
+    _save(state, run_folder)
+
+
+def _patience_over(state: TrainState) -> bool:
+    patience, best = state.settings.patience, state.best.get(f"{state.settings.boost.eval:g}")
+    return patience is not None and best is not None and state.epoch - 1 - best["epoch"] >= patience
+
+
+def _epoch_line(state: TrainState, figures: dict[str, float]) -> str:
+    parts = [
+        f"epoch {state.epoch - 1}/{state.settings.epochs}",
+        f"loss {figures['train/loss']:.5f}",
+        f"val mAP {100 * figures['val/map']:.2f}",
+    ]
+    if "rejection/rejected" in figures:
+        parts.append(f"rejected {figures['rejection/rejected']:,.0f}")
+    if not math.isnan(figures.get("rejection/precision", math.nan)):
+        parts.append(f"precision {figures['rejection/precision']:.3f}")
+    if "rejection/probe_recall" in figures:
+        parts.append(f"probe recall {figures['rejection/probe_recall']:.3f}")
+    if figures["train/bad_images"]:
+        parts.append(f"bad images {figures['train/bad_images']:.0f}")
+    parts.append(f"{figures['train/images_per_second']:.1f} images/s")
+    return " · ".join(parts)
+
+
+def load_scored(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's scored weights into the model that is scored."""
+    group = "averaged" if state.averaged is not None else "weights"
+    scored_model(state).load_state_dict(checkpoint.tensors[group])
+
+
+def _score_best(state: TrainState, data: RunData, run_folder: str, watcher: Watcher) -> dict[str, Scores]:
+    """The test split, scored once by each alpha's best epoch."""
+    if data.test is None or not state.best:
+        return {}
+    group = "averaged" if state.averaged is not None else "weights"
+    found: dict[str, Scores] = {}
+    by_epoch: dict[str, dict[float, Scores]] = {}
+    for alpha in state.settings.boost.scored:
+        best = state.best[f"{alpha:g}"]
+        name = best["checkpoint"]
+        if name not in by_epoch:
+            load_scored(state, read_checkpoint(run_folder, name, groups=(group,)))
+            by_epoch[name] = _score(state, data.test, data, watcher, "test")
+        found[f"{alpha:g}"] = by_epoch[name][alpha]
+    if state.world.first and watcher.journal is not None:
+        ordered = {float(alpha): score for alpha, score in found.items()}
+        epoch = state.best[f"{state.settings.boost.eval:g}"]["epoch"]
+        watcher.journal.metrics(_score_figures(ordered, "test", "test"), epoch)
+    return found

@@ -1,0 +1,133 @@
+"""All settings of a training run, composed from those of its parts."""
+
+import dataclasses
+from typing import Literal
+
+from paml.data.settings import DataSettings
+from paml.errors import SettingsError
+from paml.losses import LossSettings
+from paml.metrics import MetricSettings
+from paml.models import BoostSettings, ModelSettings
+from paml.training.checkpoint import CheckpointSettings
+from paml.training.optimiser import OptimiserSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """The workers of a run."""
+
+    num_workers: int = 2
+    """Ray Train DDP workers; 0 trains in this process without Ray (notebook, debugger)."""
+    gpus_per_worker: float | None = None
+    """GPUs of each worker; null takes 1 where the cluster has GPUs, else 0."""
+    cpus_per_worker: float | None = None
+    """CPUs of each worker; null takes an equal share of the cluster's, at least 1."""
+    max_failures: int = 3
+    """Times that lost workers are replaced before the run fails."""
+    collective_timeout_seconds: float = 600.0
+    """A collective that waits longer than this ends the attempt, so that nothing hangs for ever."""
+    address: str | None = None
+    """Ray cluster to join; null takes RAY_ADDRESS, else starts one in this process."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise SettingsError(f"workers.num_workers is {self.num_workers}; it must be 0 (no Ray) or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrackingSettings:
+    """The run's place and name."""
+
+    storage: str = "runs"
+    """Folder of all runs, local or s3://; a run lies in <storage>/<name>."""
+    name: str = "openimages-v3"
+    """Name of the run; a name that exists is refused unless `resume` is set."""
+    experiment: str = "paml"
+    """MLflow experiment."""
+    resume: bool = False
+    """Go on with the run of this name from its newest whole checkpoint."""
+    mlflow: bool = True
+    """Mirror the journal into MLflow (MLFLOW_TRACKING_URI, else SQLite below `storage`)."""
+    system_seconds: float = 10.0
+    """Seconds between samples of CPU, memory and GPU; 0 for none."""
+
+    def __post_init__(self) -> None:
+        if not self.name or any(sign in self.name for sign in "/\\ \t\n"):
+            raise SettingsError(f"run.name is {self.name!r}; it names a folder: no blanks, no slashes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """One training run. Read by jobs/train_openimages.py; logged whole; stored in every checkpoint."""
+
+    run: TrackingSettings = dataclasses.field(default_factory=TrackingSettings)
+    data: DataSettings = dataclasses.field(default_factory=DataSettings)
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    boost: BoostSettings = dataclasses.field(default_factory=BoostSettings)
+    loss: LossSettings = dataclasses.field(default_factory=LossSettings)
+    optimiser: OptimiserSettings = dataclasses.field(default_factory=OptimiserSettings)
+    metrics: MetricSettings = dataclasses.field(default_factory=MetricSettings)
+    checkpoint: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
+    workers: WorkerSettings = dataclasses.field(default_factory=WorkerSettings)
+    epochs: int = 10
+    """Passes over the training images; the first is the rejection's warm-up."""
+    batch_size: int = 128
+    """Images in a global batch, over all workers."""
+    eval_batch_size: int | None = None
+    """Images in a global batch while scoring; null takes 2 × batch_size."""
+    accumulate: int = 1
+    """Global batches summed for one step of the optimiser. A reject pool lies within one of them."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast: auto takes bf16 where the device computes in it, else fp32; fp16 scales the loss (GPU)."""
+    patience: int | None = None
+    """Stop after this many epochs without a better validation mAP; null for never."""
+    seed: int = 0
+    """Of weights, order, flips and probe."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.workers.num_workers > self.batch_size:
+            raise SettingsError(
+                f"workers.num_workers is {self.workers.num_workers}, more than the {self.batch_size} slots of a "
+                "global batch: some would never see an image. Raise batch_size or take fewer workers"
+            )
+        pool = self.loss.reject_pool
+        if pool is not None and (pool < 1 or self.batch_size % pool):
+            raise SettingsError(
+                f"loss.reject_pool is {pool}; it must divide batch_size ({self.batch_size}), since a pool lies "
+                "within one global batch, also where several are accumulated"
+            )
+
+
+MAY_DIFFER = ("run", "workers", "checkpoint.keep", "data.root", "data.decode_threads", "data.prefetch", "patience")
+"""Settings that a resumed run may change: where things lie and who computes them, never what is computed."""
+
+
+def flatten(settings: object, prefix: str = "") -> dict[str, object]:
+    """Dotted names to values of a (nested) settings dataclass or of its asdict()."""
+    values = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings  # pyright: ignore
+    flat: dict[str, object] = {}
+    for name, value in values.items():  # pyright: ignore
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def refuse_other_settings(stored: dict, settings: TrainSettings) -> None:
+    """Raise SettingsError, naming each, where settings that decide what is computed differ from a stored run's."""
+    then, now = flatten(stored), flatten(settings)
+    differing = [
+        f"{name}: {then.get(name, 'absent')!r} then, {now.get(name, 'absent')!r} now"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+        and not any(name == free or name.startswith(free + ".") for free in MAY_DIFFER)
+    ]
+    if differing:
+        raise SettingsError(
+            "the run was begun with other settings: " + "; ".join(differing) + ". Resume with the same ones "
+            f"(only {', '.join(MAY_DIFFER)} may differ), or give the new run another run.name"
+        )

@@ -1,0 +1,203 @@
+"""All that a run must keep so that stopping it anywhere changes nothing."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from paml.data.device import Normaliser
+from paml.labels.overlay import LabelOverlay
+from paml.models import CamClassifier
+from paml.training.checkpoint import Checkpoint
+from paml.training.optimiser import build_optimiser
+from paml.training.settings import TrainSettings, flatten
+from paml.training.world import World
+
+COUNTS = (
+    "images",
+    "unobserved",
+    "rejected",
+    "false_negatives",
+    "rejected_false_negatives",
+    "probe_positives",
+    "rejected_probe_positives",
+    "probe_negatives",
+    "rejected_probe_negatives",
+    "bad_images",
+)
+"""Integers summed over an epoch, in the order of TrainState.counts."""
+
+
+@dataclasses.dataclass
+class TrainState:
+    """Model, optimiser and place of one worker. Equal on all workers, but for `loss_sum`, `counts`, `new_codes`."""
+
+    settings: TrainSettings
+    world: World
+    num_classes: int
+    model: CamClassifier
+    averaged: CamClassifier | None
+    optimiser: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # pyright: ignore[reportPrivateImportUsage]
+    normalise: Normaliser
+    autocast: torch.dtype | None
+    steps_per_epoch: int
+    network: nn.Module
+    """The model, wrapped for DDP where there are several workers."""
+    overlay: LabelOverlay
+    loss_sum: torch.Tensor
+    """float64 scalar on the device: sum of the epoch's label losses of this worker."""
+    counts: torch.Tensor
+    """int64 [len(COUNTS)] on the device: this worker's share of the epoch's counts."""
+    epoch: int = 1
+    """The epoch under way, from 1."""
+    step: int = 0
+    """Global batches done in this epoch."""
+    optimiser_step: int = 0
+    """Steps of the optimiser done in all."""
+    new_codes: list[np.ndarray] = dataclasses.field(default_factory=list)
+    """LL-Cp's corrections that the other workers do not know yet."""
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    """Figures of each epoch done."""
+    best: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """For each alpha scored: the best epoch, its validation mAP and its checkpoint."""
+    waiting: list = dataclasses.field(default_factory=list)
+    """Figures of the step before that are still on their way from the GPU."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.settings.epochs * -(-self.steps_per_epoch // self.settings.accumulate)
+
+
+def autocast_type(settings: TrainSettings, device: torch.device) -> torch.dtype | None:
+    """The type to compute in, or None for float32."""
+    if settings.precision == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[settings.precision]
+
+
+def new_state(
+    settings: TrainSettings, world: World, model: CamClassifier, num_classes: int, steps_per_epoch: int
+) -> TrainState:
+    """A run before its first step."""
+    model = model.to(world.device)
+    averaged = None
+    if settings.optimiser.average:
+        import copy
+
+        averaged = copy.deepcopy(model)
+    autocast = autocast_type(settings, world.device)
+    return TrainState(
+        settings=settings,
+        world=world,
+        num_classes=num_classes,
+        model=model,
+        averaged=averaged,
+        optimiser=build_optimiser(settings.optimiser, model),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=autocast == torch.float16),  # pyright: ignore
+        normalise=Normaliser(settings.model.pixel_mean, settings.model.pixel_std, world.device),
+        autocast=autocast,
+        steps_per_epoch=steps_per_epoch,
+        network=_distributed(model, world),
+        overlay=LabelOverlay(num_classes),
+        loss_sum=torch.zeros((), dtype=torch.float64, device=world.device),
+        counts=torch.zeros(len(COUNTS), dtype=torch.int64, device=world.device),
+    )
+
+
+def _distributed(model: CamClassifier, world: World) -> nn.Module:
+    """DDP with its gradient buckets in their final order before the first step.
+
+    DDP re-orders its buckets after the first backward pass. A resumed run would do so one step later than the
+    unbroken one, and an all-reduce over three or more workers adds up in another order: the bits would differ.
+    One backward pass of nothing, with BatchNorm's statistics at rest, brings that forward to the start.
+    """
+    if world.group is None:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    network = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    modes = {module: module.training for module in model.modules()}
+    network.eval()
+    (network(torch.zeros(1, 3, 64, 64, device=world.device)).sum() * 0).backward()
+    network.zero_grad()
+    for module, mode in modes.items():
+        module.training = mode
+    return network
+
+
+def share_corrections(state: TrainState) -> None:
+    """Make LL-Cp's overlay equal on all workers."""
+    if state.settings.loss.name == "ll-cp":
+        mine = np.concatenate([*state.new_codes, np.empty(0, np.int64)])
+        state.new_codes.clear()
+        for codes in state.world.gather_objects(mine):
+            state.overlay.add(codes)
+
+
+def save_state(state: TrainState) -> Checkpoint | None:
+    """A checkpoint of the whole run on the first worker, None on the others. All workers must call it."""
+    share_corrections(state)
+    totals = state.world.sum(state.loss_sum.clone()), state.world.sum(state.counts.clone())
+    state.loss_sum.copy_(totals[0] if state.world.first else torch.zeros_like(totals[0]))
+    state.counts.copy_(totals[1] if state.world.first else torch.zeros_like(totals[1]))
+    generators = state.world.gather_objects(torch.get_rng_state().numpy().tobytes())
+    if not state.world.first:
+        return None
+    moments = state.optimiser.state_dict()["state"]
+    tensors = {
+        "weights": dict(state.model.state_dict()),
+        "optimiser": {f"{place}.{key}": value for place, slot in moments.items() for key, value in slot.items()},
+        "progress": {
+            "overlay": torch.from_numpy(state.overlay.codes),
+            "loss_sum": state.loss_sum,
+            "counts": state.counts,
+            **{f"generator.{rank}": torch.frombuffer(bytearray(g), dtype=torch.uint8)
+               for rank, g in enumerate(generators)},
+        },
+    }
+    if state.averaged is not None:
+        tensors["averaged"] = dict(state.averaged.state_dict())
+    facts = {
+        "settings": flatten(state.settings),
+        "num_classes": state.num_classes,
+        "epoch": state.epoch,
+        "step": state.step,
+        "optimiser_step": state.optimiser_step,
+        "scaler": state.scaler.state_dict(),
+        "history": state.history,
+        "best": state.best,
+        "workers": state.world.size,
+    }
+    return Checkpoint(tensors, facts)
+
+
+def load_state(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Take up the run where `checkpoint` left it."""
+    facts, tensors = checkpoint.facts, checkpoint.tensors
+    state.model.load_state_dict(tensors["weights"])
+    if state.averaged is not None:
+        state.averaged.load_state_dict(tensors["averaged"])
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors["optimiser"].items():
+        place, key = name.split(".", 1)
+        moments.setdefault(int(place), {})[key] = value
+    groups = state.optimiser.state_dict()["param_groups"]
+    state.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+    progress = tensors["progress"]
+    state.overlay = LabelOverlay(state.num_classes, progress["overlay"].numpy())
+    if state.world.first:
+        state.loss_sum.copy_(progress["loss_sum"])
+        state.counts.copy_(progress["counts"])
+    own = progress.get(f"generator.{state.world.rank}")
+    if own is not None:
+        torch.set_rng_state(own)
+    state.scaler.load_state_dict(facts["scaler"])
+    state.epoch, state.step, state.optimiser_step = facts["epoch"], facts["step"], facts["optimiser_step"]
+    state.history, state.best = facts["history"], facts["best"]
