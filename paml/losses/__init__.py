@@ -3,6 +3,7 @@
 Axes: B images of this worker, K classes.
 """
 
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from paml.losses.base import (
     per_label_loss,
     sign_of_labels,
 )
+from paml.losses.blocks import true_places
 from paml.losses.fused import DenseSignedLoss, SparseSignedLoss
 from paml.losses.registry import LOSSES
 from paml.losses.select import RejectGroup, check_inputs, select_by_partition, select_rejected
@@ -92,8 +94,8 @@ def partial_label_loss(
         cost_BK = per_label_loss(loss, logits_BK, state_BK, rejected_BK)
         total = (cost_BK.sum(1).sum(0, dtype=torch.float64) / divisor).to(torch.float32)
     elif logits_BK.device.type == "cpu" and loss.unobserved != LEFT_OUT:
-        positive = np.flatnonzero(state_BK.numpy() == POSITIVE)
-        flat = np.flatnonzero(rejected_BK.numpy()) if rejected_BK is not None else np.empty(0, np.int64)
+        positive = true_places(state_BK.numpy().reshape(-1) == POSITIVE)
+        flat = true_places(rejected_BK.numpy().reshape(-1)) if rejected_BK is not None else np.empty(0, np.int64)
         total = _sparse(loss, logits_BK, positive, flat, divisor)
     else:
         total = DenseSignedLoss.apply(logits_BK, sign_of_labels(loss, state_BK, rejected_BK), divisor)
@@ -105,14 +107,14 @@ def _on_one_cpu(
     logits_BK: Tensor,
     state_BK: Tensor,
     settings: LossSettings,
-    rate,
+    rate: Fraction,
     divisor: float,
     slots_B: Tensor,
     batch_size: int,
 ) -> LossOutput:
     """The fast way where one worker holds the whole batch on the CPU: only the few observed labels are listed."""
     states = state_BK.numpy().reshape(-1)
-    observed = np.flatnonzero(states != UNOBSERVED)
+    observed = true_places(states != UNOBSERVED)
     positive = observed[states[observed] == POSITIVE]
     if not loss.rejects or rate == 0 or batch_size == 0:
         return LossOutput(_sparse(loss, logits_BK, positive, np.empty(0, np.int64), divisor), None)
@@ -135,5 +137,5 @@ def _sparse(
 ) -> Tensor:
     left_out = rejected if loss.rejected == LEFT_OUT else np.empty(0, np.int64)
     if loss.rejected == AS_POSITIVE and len(rejected):
-        positive = np.concatenate([positive, rejected])
+        positive = np.sort(np.concatenate([positive, rejected]))
     return SparseSignedLoss.apply(logits_BK, positive, left_out, divisor)

@@ -1,4 +1,4 @@
-"""Binary cross-entropy of signed labels, forward and backward in few passes over memory.
+"""Binary cross-entropy of signed labels, its value and its gradient in one pass over memory.
 
 With sign +1 for a label trained as a negative, -1 as a positive, and z = sign * x, each label costs softplus(z) and its
 gradient is sign * sigmoid(z). A label that is left out has z = -inf: no cost, no gradient. It is formed as x - inf, so
@@ -15,30 +15,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
-BLOCK = 65_536
-"""Labels worked on at a time on the CPU: two float32 buffers of it fit the second-level cache."""
+from paml.losses.blocks import in_blocks
+
+LARGE = 10.0
+"""Up to here exp(z) of eight labels can be multiplied in float32."""
 
 
 class SparseSignedLoss(torch.autograd.Function):
-    """For the CPU: all labels are negatives but for two short lists of flat indices (numpy, int64)."""
+    """For the CPU: all labels are negatives but for two short ascending lists of flat indices (numpy, int64)."""
 
     @staticmethod
     def forward(ctx: Any, logits_BK: Tensor, positive: np.ndarray, left_out: np.ndarray, divisor: float) -> Tensor:
-        z_BK = logits_BK.detach().clone(memory_format=torch.contiguous_format)
-        z = z_BK.numpy().reshape(-1)
-        z[positive] *= -1
-        z[left_out] -= np.float32(np.inf)
-        ctx.save_for_backward(z_BK)
-        ctx.positive, ctx.divisor = positive, divisor
-        return torch.tensor(sum_of_softplus(z_BK.numpy()) / divisor, dtype=torch.float32)
+        ctx.save_for_backward(logits_BK)
+        ctx.labels, ctx.divisor = (positive, left_out), divisor
+        total, ctx.slope = cost_and_slope(logits_BK.detach(), positive, left_out, ctx.needs_input_grad[0])
+        return torch.tensor(total / divisor, dtype=torch.float32)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (z_BK,) = ctx.saved_tensors
-        grad_BK = torch.sigmoid(z_BK).mul_(grads[0] / ctx.divisor)
-        grad_BK.numpy().reshape(-1)[ctx.positive] *= -1
-        return grad_BK, None, None, None
+        # The slope of the forward pass is scaled in place and given away; a second backward computes it again.
+        slope, ctx.slope = ctx.slope, None
+        if slope is None:
+            (logits_BK,) = ctx.saved_tensors
+            _, slope = cost_and_slope(logits_BK.detach(), *ctx.labels, True)
+        return slope.mul_(float(grads[0]) / ctx.divisor), None, None, None
 
 
 class DenseSignedLoss(torch.autograd.Function):
@@ -59,22 +60,49 @@ class DenseSignedLoss(torch.autograd.Function):
         return torch.sigmoid(z_BK) * (sign_BK * (grads[0] / ctx.divisor)), None, None
 
 
-def sum_of_softplus(z_BK: np.ndarray) -> float:
-    """The sum of log(1 + exp(z)), stable for every z: max(z, 0) + log1p(exp(-|z|)); in blocks that stay in the cache."""
-    B, K = z_BK.shape
-    if B == 0 or K == 0:
+def cost_and_slope(
+    logits_BK: Tensor, positive: np.ndarray, left_out: np.ndarray, with_slope: bool
+) -> tuple[float, Tensor | None]:
+    """The sum of all labels' costs, and sign * sigmoid(z) [B, K] where asked for, of float32 logits on the CPU."""
+    x = logits_BK.contiguous().numpy().reshape(-1)
+    slope_BK = torch.empty(logits_BK.shape, dtype=torch.float32) if with_slope else None
+    slope = slope_BK.numpy().reshape(-1) if slope_BK is not None else None
+
+    def block(start: int, end: int) -> float:
+        z = x[start:end].copy()
+        ours = positive[np.searchsorted(positive, start) : np.searchsorted(positive, end)] - start
+        out = left_out[np.searchsorted(left_out, start) : np.searchsorted(left_out, end)] - start
+        z[ours] *= np.float32(-1)
+        z[out] -= np.float32(np.inf)
+        part = slope[start:end] if slope is not None else None
+        total = softplus_and_sigmoid(z, part)
+        if part is not None:
+            part[ours] *= np.float32(-1)
+        return total
+
+    return sum(in_blocks(block, len(x))), slope_BK
+
+
+def softplus_and_sigmoid(z: np.ndarray, sigmoid: np.ndarray | None) -> float:
+    """The sum of log(1 + exp(z)), stable for every z; sigmoid(z) is written into `sigmoid`. Overwrites z."""
+    if len(z) == 0:
         return 0.0
-    rows = max(1, BLOCK // K)
-    buffer = np.empty((min(rows, B), K), np.float32)
     total = 0.0
-    for start in range(0, B, rows):
-        z = z_BK[start : start + rows]
-        part = buffer[: len(z)]
-        np.maximum(z, np.float32(0), out=part)
-        total += float(part.sum(1).sum(dtype=np.float64))
-        np.abs(z, out=part)
-        np.negative(part, out=part)
-        np.exp(part, out=part)
-        np.log1p(part, out=part)
-        total += float(part.sum(1).sum(dtype=np.float64))
-    return total
+    if z.max() <= LARGE:
+        e = np.exp(z, out=z)
+        if sigmoid is not None:
+            np.divide(e, np.add(e, np.float32(1), out=sigmoid), out=sigmoid)
+    else:
+        if sigmoid is not None:
+            torch.sigmoid(torch.from_numpy(z), out=torch.from_numpy(sigmoid))
+        total = float(np.maximum(z, np.float32(0)).sum())
+        e = np.exp(np.copysign(z, np.float32(-1), out=z), out=z)
+    # (1 + a)(1 + b) - 1 = a + b + ab: three rounds leave an eighth of the logarithms, with no loss of small terms.
+    while len(e) % 2 == 0 and len(e) * 8 > len(z):
+        half = len(e) // 2
+        a, b = e[:half], e[half:]
+        product = a * b
+        a += b
+        a += product
+        e = a
+    return total + float(np.log1p(e, out=e).sum())

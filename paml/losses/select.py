@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from paml.losses.blocks import in_blocks, true_places
+
 RejectGroup = dist.ProcessGroup
 """The workers that share a global batch."""
 
@@ -211,11 +213,17 @@ def _above_bracket(
             rank = int(expected + 4 * expected**0.5 + 4 + len(sample) * len(mine) / n)
             if rank < len(sample) // 2:
                 bracket = np.partition(sample, len(sample) - rank)[len(sample) - rank]
-                kept = _without(np.flatnonzero(values >= bracket), mine)
+                kept = _without(_at_least(values, bracket), mine)
         if kept is None or len(kept) < k:
             kept = _without(np.arange(n), mine)
         parts.append(kept + start)
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def _at_least(values: np.ndarray, bracket: np.float32) -> np.ndarray:
+    """Where values >= bracket, ascending."""
+    parts = in_blocks(lambda start, end: true_places(values[start:end] >= bracket) + start, len(values))
+    return np.concatenate(parts)
 
 
 def _without(indices: np.ndarray, removed: np.ndarray) -> np.ndarray:
