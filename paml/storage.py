@@ -134,11 +134,11 @@ def _endpoint() -> str | None:
 
 @functools.lru_cache(maxsize=8)
 def _client_of(process: int, endpoint: str | None) -> Any:
-    import boto3
+    from boto3.session import Session
     from botocore import UNSIGNED
     from botocore.config import Config
 
-    session = boto3.session.Session()
+    session = Session()
     signed: dict[str, Any] = {} if session.get_credentials() else {"signature_version": UNSIGNED}
     config = Config(
         retries={"mode": "standard", "max_attempts": 6},
@@ -159,9 +159,9 @@ def _client() -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _arrow_s3_of(process: int, endpoint: str | None) -> pafs.FileSystem:
-    import boto3
+    from boto3.session import Session
 
-    session = boto3.session.Session()
+    session = Session()
     options: dict[str, Any] = {"anonymous": True} if session.get_credentials() is None else {}
     if endpoint:
         options["endpoint_override"] = endpoint

@@ -10,7 +10,7 @@ from paml.labels.table import Triples
 
 
 class LabelOverlay:
-    """Corrected (row, class) pairs as one sorted int64 array of row·K + class."""
+    """Corrected (image, class) pairs as one sorted int64 array of image·K + class; an image is its place in the manifest."""
 
     def __init__(self, num_classes: int, codes: np.ndarray | None = None) -> None:
         self.num_classes = num_classes
@@ -19,23 +19,23 @@ class LabelOverlay:
     def __len__(self) -> int:
         return len(self.codes)
 
-    def encode(self, rows: np.ndarray, cls: np.ndarray) -> np.ndarray:
-        """int64[n] codes of (row, class) pairs."""
-        return rows.astype(np.int64) * self.num_classes + cls
+    def encode(self, images: np.ndarray, cls: np.ndarray) -> np.ndarray:
+        """int64[n] codes of (image, class) pairs."""
+        return images.astype(np.int64) * self.num_classes + cls
 
     def add(self, codes: np.ndarray) -> None:
         """Take in more corrections; those already here change nothing."""
         self.codes = np.union1d(self.codes, codes)
 
-    def apply(self, triples: Triples, rows: np.ndarray) -> Triples:
-        """`triples` of `rows` (int64[b]) with the corrections of these rows appended as positives."""
-        if not len(self.codes) or not len(rows):
+    def apply(self, triples: Triples, images: np.ndarray) -> Triples:
+        """`triples` of `images` (int64[b]) with the corrections of these images appended as positives."""
+        if not len(self.codes) or not len(images):
             return triples
-        first = np.searchsorted(self.codes, rows * self.num_classes)
-        count = np.searchsorted(self.codes, (rows + 1) * self.num_classes) - first
-        image = np.repeat(np.arange(len(rows), dtype=np.int32), count)
+        first = np.searchsorted(self.codes, images * self.num_classes)
+        count = np.searchsorted(self.codes, (images + 1) * self.num_classes) - first
+        image = np.repeat(np.arange(len(images), dtype=np.int32), count)
         place = np.arange(len(image)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
-        cls = (self.codes[place] - rows[image] * self.num_classes).astype(np.int32)
+        cls = (self.codes[place] - images[image] * self.num_classes).astype(np.int32)
         return Triples(
             image=np.concatenate([triples.image, image]),
             cls=np.concatenate([triples.cls, cls]),

@@ -90,9 +90,9 @@ class LabelTable:
 
     def rows_of(self, keys: Sequence[str] | pa.Array | pa.ChunkedArray) -> np.ndarray:
         """int64[n]: the row of each key, -1 where the table has no such image. One vectorised join."""
-        wanted = _as_strings(keys)
+        wanted = as_strings(keys)
         if not self.has_hex_keys:
-            found = pc.index_in(wanted, value_set=self._keys)  # pyright: ignore[reportAttributeAccessIssue]
+            found = pc.call_function("index_in", [wanted], pc.SetLookupOptions(self._keys))
             return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         values, valid = hex_to_uint64(wanted)
         # Searching for ascending values touches the mapped keys in order: ten times as fast as at random.
@@ -132,6 +132,15 @@ class LabelTable:
         """int32[n]: how many labels are observed of each of `rows`."""
         chosen = self._checked(rows)
         return self._offsets[chosen + 1] - self._offsets[chosen]
+
+    def key_hashes(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """uint64[n]: a hash of the key of each of `rows`, as of `paml.labels.hashing.hash_keys`."""
+        from paml.labels.hashing import hash_keys, mix
+
+        chosen = self._checked(rows)
+        if self.has_hex_keys:
+            return mix(self._hex_keys()[chosen])
+        return hash_keys(self._keys.take(pa.array(chosen)))
 
     def class_counts(self) -> tuple[np.ndarray, np.ndarray]:
         """(positives int64[K], negatives int64[K]): the labels of each class over all images."""
@@ -229,9 +238,10 @@ def _check_batch(path: str, batch: pa.RecordBatch, metadata: Mapping[str, Any]) 
         )
 
 
-def _as_strings(keys: Sequence[str] | pa.Array | pa.ChunkedArray) -> pa.Array:
+def as_strings(keys: Any) -> pa.Array:
+    """string[n] of a list of keys, an Arrow array or a chunked one."""
     if isinstance(keys, pa.ChunkedArray):
-        keys = keys.combine_chunks()
+        return as_strings(pa.concat_arrays(keys.chunks))
     if isinstance(keys, pa.Array):
         return keys if pa.types.is_string(keys.type) else keys.cast(pa.string())
     return pa.array(keys, pa.string())
@@ -298,8 +308,8 @@ def _digest(
     for buffer in keys.buffers()[1:]:
         if buffer is not None:
             digest.update(buffer)
-    digest.update(np.ascontiguousarray(offsets))
-    digest.update(np.ascontiguousarray(codes))
+    digest.update(np.ascontiguousarray(offsets).data)
+    digest.update(np.ascontiguousarray(codes).data)
     return digest.hexdigest()
 
 
@@ -369,8 +379,10 @@ def write_table(
 
 def sorted_keys(keys: Sequence[str] | pa.Array) -> tuple[pa.Array, np.ndarray]:
     """(stored keys ascending, int64[n] order): the key column of a table of these images. Raises for repeats."""
-    strings = _as_strings(keys)
-    if strings.null_count or (len(strings) and pc.min(pc.binary_length(strings)).as_py() == 0):
+    strings = as_strings(keys)
+    if strings.null_count or (
+        len(strings) and pc.call_function("binary_length", [strings]).to_numpy().min() == 0
+    ):
         raise LabelError("a key is empty: every image needs a key of one character or more")
     values, valid = hex_to_uint64(strings)
     if valid.all():
@@ -378,9 +390,9 @@ def sorted_keys(keys: Sequence[str] | pa.Array) -> tuple[pa.Array, np.ndarray]:
         stored: pa.Array = pa.array(values[order])
         repeated = values[order][1:] == values[order][:-1]
     else:
-        order = pc.array_sort_indices(strings).to_numpy().astype(np.int64)
+        order = pc.call_function("array_sort_indices", [strings]).to_numpy().astype(np.int64)
         stored = strings.take(pa.array(order))
-        repeated = pc.equal(stored[1:], stored[:-1]).to_numpy(zero_copy_only=False)
+        repeated = pc.call_function("equal", [stored[1:], stored[:-1]]).to_numpy(zero_copy_only=False)
     if repeated.any():
         again = strings[int(order[np.flatnonzero(repeated)[0]])].as_py()
         raise LabelError(f"key {again!r} stands twice: each image may stand once, merge its labels first")
@@ -449,7 +461,7 @@ def select_images(table: LabelTable, keys: Sequence[str] | pa.Array, out: str) -
     """Write the part of `table` that holds `keys`, and open it. Raises LabelError for a key that it lacks."""
     rows = table.rows_of(keys)
     if (rows < 0).any():
-        first = _as_strings(keys)[int(np.flatnonzero(rows < 0)[0])].as_py()
+        first = as_strings(keys)[int(np.flatnonzero(rows < 0)[0])].as_py()
         raise LabelError(
             f"{int((rows < 0).sum())} of {len(rows)} keys are not in label table {table.path!r}, the first is {first!r}: "
             "keep those for which rows_of gives 0 or more"
