@@ -22,6 +22,8 @@ import pyarrow.fs as pafs
 
 _TEMPORARY = ".paml-tmp"
 _MULTIPART_BYTES = 64 << 20
+_MAX_ATTEMPTS = 6
+_PAGE_KEYS = 1000
 
 
 class StorageError(OSError):
@@ -132,8 +134,13 @@ def _endpoint() -> str | None:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
 
 
+def _user() -> tuple[str | None, ...]:
+    """What tells one user of S3 from another, so that new keys in the environment get a new client."""
+    return tuple(os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"))
+
+
 @functools.lru_cache(maxsize=8)
-def _client_of(process: int, endpoint: str | None) -> Any:
+def _client_of(process: int, endpoint: str | None, user: tuple[str | None, ...]) -> Any:
     from boto3.session import Session
     from botocore import UNSIGNED
     from botocore.config import Config
@@ -141,7 +148,7 @@ def _client_of(process: int, endpoint: str | None) -> Any:
     session = Session()
     signed: dict[str, Any] = {} if session.get_credentials() else {"signature_version": UNSIGNED}
     config = Config(
-        retries={"mode": "standard", "max_attempts": 6},
+        retries={"mode": "standard", "max_attempts": _MAX_ATTEMPTS},
         connect_timeout=10,
         read_timeout=60,
         request_checksum_calculation="when_required",
@@ -154,11 +161,11 @@ def _client_of(process: int, endpoint: str | None) -> Any:
 
 def _client() -> Any:
     """The boto3 client of this process: one that a fork shares is not safe."""
-    return _client_of(os.getpid(), _endpoint())
+    return _client_of(os.getpid(), _endpoint(), _user())
 
 
 @functools.lru_cache(maxsize=8)
-def _arrow_s3_of(process: int, endpoint: str | None) -> pafs.FileSystem:
+def _arrow_s3_of(process: int, endpoint: str | None, user: tuple[str | None, ...]) -> pafs.FileSystem:
     from boto3.session import Session
 
     session = Session()
@@ -383,7 +390,7 @@ def open_input(path: str) -> pa.NativeFile:
     """The file opened for reading, seekable; the caller closes it. Raises FileNotFoundError or StorageError."""
     with _clear_errors("read", path):
         if is_remote(path):
-            return _arrow_s3_of(os.getpid(), _endpoint()).open_input_file(path.removeprefix("s3://"))
+            return _arrow_s3_of(os.getpid(), _endpoint(), _user()).open_input_file(path.removeprefix("s3://"))
         return pafs.LocalFileSystem().open_input_file(path)
 
 
@@ -396,7 +403,8 @@ def list_files(folder: str) -> list[str]:
         bucket, prefix = _bucket_and_key(folder.rstrip("/") + "/")
         names = []
         with _clear_s3_errors("list", folder):
-            for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            pages = _client().get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=bucket, Prefix=prefix, PaginationConfig={"PageSize": _PAGE_KEYS}):
                 names += [entry["Key"][len(prefix) :] for entry in page.get("Contents", [])]
         return sorted(name for name in names if name)
     names = []
@@ -435,8 +443,8 @@ def delete_folder(folder: str) -> None:
             )
         names = list_files(folder)
         with _clear_s3_errors("delete", folder):
-            for start in range(0, len(names), 1000):
-                entries = [{"Key": f"{prefix}/{name}"} for name in names[start : start + 1000]]
+            for start in range(0, len(names), _PAGE_KEYS):
+                entries = [{"Key": f"{prefix}/{name}"} for name in names[start : start + _PAGE_KEYS]]
                 answer = _client().delete_objects(Bucket=bucket, Delete={"Objects": entries, "Quiet": True})
                 if answer.get("Errors"):
                     first = answer["Errors"][0]

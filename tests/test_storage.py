@@ -1,0 +1,306 @@
+"""Storage: the same promises on a local disk and in S3 (moto's server), and errors that say how to mend them."""
+
+import contextlib
+import errno
+import os
+import resource
+import subprocess
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from paml import storage
+from paml.storage import StorageError
+
+NOBODY = 65534
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in {
+        "AWS_ENDPOINT_URL_S3": s3_endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    import boto3
+
+    bucket = "b" + os.urandom(6).hex()
+    boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket=bucket)
+    return f"s3://{bucket}/runs"
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path) -> str:
+    return str(tmp_path / "runs") if request.param == "local" else request.getfixturevalue("s3")
+
+
+def test_write_read_list_delete(root: str) -> None:
+    assert storage.list_files(root) == []
+    path = storage.join(root, "a", "b.bin")
+    assert not storage.exists(path)
+    storage.write_bytes(path, b"0123456789")
+    storage.write_bytes(storage.join(root, "z"), b"")
+    assert storage.exists(path)
+    assert not storage.exists(storage.join(root, "a"))
+    assert storage.read_bytes(path) == b"0123456789"
+    assert storage.read_range(path, 3, 4) == b"3456"
+    assert storage.size_of(path) == 10
+    assert storage.list_files(root) == ["a/b.bin", "z"]
+    storage.write_bytes(path, b"new")
+    assert storage.read_bytes(path) == b"new"
+    storage.delete(path)
+    storage.delete(path)
+    assert storage.list_files(root) == ["z"]
+    storage.delete_folder(root)
+    storage.delete_folder(root)
+    assert storage.list_files(root) == []
+
+
+def test_a_missing_file_is_file_not_found(root: str) -> None:
+    missing = storage.join(root, "missing")
+    for read in (storage.read_bytes, storage.size_of, storage.open_input, storage.sha256_of):
+        with pytest.raises(FileNotFoundError):
+            read(missing)
+    with pytest.raises(FileNotFoundError):
+        storage.copy_to_local(missing, missing + ".copy")
+
+
+def test_a_range_beyond_the_end_is_refused(root: str) -> None:
+    path = storage.join(root, "short")
+    storage.write_bytes(path, b"0123")
+    with pytest.raises(StorageError, match="ends early"):
+        storage.read_range(path, 2, 10)
+    with pytest.raises(StorageError, match="must be >= 0"):
+        storage.read_range(path, -1, 10)
+    assert storage.read_range(path, 4, 0) == b""
+
+
+def test_of_many_writers_if_absent_lets_one_win(root: str) -> None:
+    path = storage.join(root, "COMMIT")
+    outcomes: list[int | None] = []
+
+    def write(writer: int) -> None:
+        try:
+            storage.write_bytes(path, b"%d" % writer, if_absent=True)
+            outcomes.append(writer)
+        except FileExistsError:
+            outcomes.append(None)
+
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [writer for writer in outcomes if writer is not None]
+    assert len(outcomes) == 8
+    assert len(winners) == 1
+    assert storage.read_bytes(path) == b"%d" % winners[0]
+    assert storage.list_files(root) == ["COMMIT"]
+
+
+def test_replacing_keeps_the_old_file_when_the_block_fails(root: str) -> None:
+    path = storage.join(root, "table")
+    storage.write_bytes(path, b"old")
+    with pytest.raises(RuntimeError, match="stop"), storage.replacing(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(b"half")
+        raise RuntimeError("stop")
+    assert storage.read_bytes(path) == b"old"
+    assert storage.list_files(root) == ["table"]
+    with storage.replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(b"whole")
+    assert storage.read_bytes(path) == b"whole"
+
+
+def test_upload_and_copies(root: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAML_CACHE", str(tmp_path / "cache"))
+    data = os.urandom(300_000)
+    (tmp_path / "in").write_bytes(data)
+    path = storage.join(root, "up", "file")
+    storage.upload(str(tmp_path / "in"), path)
+    with pytest.raises(FileExistsError):
+        storage.upload(str(tmp_path / "in"), path, if_absent=True)
+    storage.copy_to_local(path, str(tmp_path / "out" / "file"))
+    assert (tmp_path / "out" / "file").read_bytes() == data
+    with storage.open_input(path) as file:
+        file.seek(100_000)
+        assert file.read(5) == data[100_000:100_005]
+    first = storage.local_copy(path)
+    with open(first, "rb") as file:
+        assert file.read() == data
+    storage.write_bytes(path, b"changed")
+    with open(storage.local_copy(path), "rb") as file:
+        assert file.read() == b"changed"
+
+
+def test_multipart_upload_is_whole(s3: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_MULTIPART_BYTES", 5 << 20)
+    data = os.urandom((11 << 20) + 17)
+    (tmp_path / "large").write_bytes(data)
+    storage.upload(str(tmp_path / "large"), s3 + "/large")
+    assert storage.read_bytes(s3 + "/large") == data
+
+
+def test_listing_and_deleting_more_than_a_page(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_PAGE_KEYS", 10)
+    for number in range(35):
+        storage.write_bytes(f"{s3}/many/{number:04d}", b"")
+    storage.write_bytes(f"{s3}/many-more/kept", b"")
+    assert storage.list_files(f"{s3}/many") == [f"{number:04d}" for number in range(35)]
+    storage.delete_folder(f"{s3}/many")
+    assert storage.list_files(s3) == ["many-more/kept"]
+
+
+def test_no_bucket_names_the_mend(s3: str) -> None:
+    with pytest.raises(StorageError, match=r"no such bucket: make it, or mend its name"):
+        storage.write_bytes("s3://absent-bucket/key", b"x")
+    with pytest.raises(StorageError, match=r"the folder 's3://absent-bucket/run' is not writable: .*"):
+        storage.ensure_writable("s3://absent-bucket/run")
+    with pytest.raises(StorageError, match="names no bucket"):
+        storage.exists("s3://")
+    with pytest.raises(StorageError, match="will not delete the whole bucket"):
+        storage.delete_folder(s3.rsplit("/", 1)[0])
+
+
+def test_a_public_bucket_is_read_without_keys(s3: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import boto3
+
+    bucket, _, key = s3.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL_S3"])
+    client.put_object(Bucket=bucket, Key=key + "/public", Body=b"open", ACL="public-read")
+    storage.write_bytes(s3 + "/private", b"closed")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    assert storage.read_bytes(s3 + "/public") == b"open"
+    with storage.open_input(s3 + "/public") as file:
+        assert file.read() == b"open"
+    with pytest.raises(StorageError, match="permission denied"):
+        storage.read_bytes(s3 + "/private")
+
+
+def test_a_server_that_is_down_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setattr(storage, "_MAX_ATTEMPTS", 1)
+    with pytest.raises(StorageError, match="check the network and AWS_ENDPOINT_URL"):
+        storage.read_bytes("s3://bucket/key")
+
+
+def test_join() -> None:
+    assert storage.join("s3://b/run/", "x", "y/z") == "s3://b/run/x/y/z"
+    assert storage.join("/data", "x") == "/data/x"
+    assert storage.join("s3://b", "") == "s3://b"
+    with pytest.raises(StorageError, match="must be relative"):
+        storage.join("/data", "/etc/passwd")
+
+
+@contextlib.contextmanager
+def as_an_ordinary_user() -> Iterator[None]:
+    """Permissions hold for ordinary users only."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_permission_denied(tmp_path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    (folder / "file").write_bytes(b"x")
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent.owner() == folder.owner() and str(parent).startswith(str(tmp_path.parents[2])):
+            parent.chmod(0o755)
+    folder.chmod(0o500)
+    try:
+        with as_an_ordinary_user():
+            with pytest.raises(StorageError, match=r"closed.* is not writable: permission denied: choose a folder") as e:
+                storage.ensure_writable(str(folder))
+            assert e.value.errno == errno.EACCES
+            with pytest.raises(StorageError, match="permission denied"):
+                storage.write_bytes(str(folder / "new"), b"x")
+    finally:
+        folder.chmod(0o700)
+    assert storage.list_files(str(folder)) == ["file"]
+
+
+def test_names_that_cannot_be(tmp_path) -> None:
+    with pytest.raises(StorageError, match="the name is too long for this file system: choose a shorter one"):
+        storage.write_bytes(str(tmp_path / ("n" * 300)), b"x")
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(StorageError, match="a part of this path is a file"):
+        storage.ensure_writable(str(tmp_path / "file" / "sub"))
+    with pytest.raises(StorageError, match="this is a folder, not a file"):
+        storage.write_bytes(str(tmp_path), b"x")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[str]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k,mode=0777", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield str(folder)
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half(small_disk: str) -> None:
+    storage.ensure_writable(small_disk)
+    with pytest.raises(StorageError, match=r"the disk is full: free some space or choose another folder") as error:
+        storage.write_bytes(small_disk + "/large", bytes(200_000))
+    assert error.value.errno == errno.ENOSPC
+    assert os.listdir(small_disk) == []
+    storage.write_bytes(small_disk + "/fill", bytes(64 << 10))
+    with pytest.raises(StorageError, match=r"is not writable: the disk is full"):
+        storage.ensure_writable(small_disk)
+
+
+def test_a_read_only_disk_is_named(small_disk: str) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(StorageError, match="the file system is read-only") as error:
+        storage.ensure_writable(small_disk)
+    assert error.value.errno == errno.EROFS
+
+
+def test_a_file_size_limit_is_named(tmp_path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(StorageError, match="larger than this disk or its limits allow"):
+            storage.write_bytes(str(tmp_path / "large"), bytes(200_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == []
+
+
+def test_sha256_of(tmp_path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    digest, size = storage.sha256_of(str(tmp_path / "f"))
+    assert digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert size == 3
