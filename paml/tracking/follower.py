@@ -21,6 +21,7 @@ from paml.tracking.journal import (
 from paml.tracking.view import MlflowView, default_tracking_uri, reason
 
 _LONGEST_WAIT_S = 60.0
+_REPLAY_ATTEMPTS = 3
 
 
 def _say(line: str) -> None:
@@ -132,13 +133,14 @@ class MlflowFollower:
             except Exception as error:
                 attached = False
                 failures += 1
-                if not away:
+                # The first failure may be a kept connection that a healthy server has closed.
+                if not away and failures > 1:
                     away = True
                     self._say(
                         f"paml: MLflow at {self.tracking_uri} is away ({reason(error)}); training goes on, "
                         "the journal keeps all figures and they are sent when it is back"
                     )
-            wait = min(self._poll_s * 2**failures, _LONGEST_WAIT_S) if failures else self._poll_s
+            wait = self._poll_s if failures < 2 else min(self._poll_s * 2 ** (failures - 1), _LONGEST_WAIT_S)
             if not stopping:
                 self._stop.wait(wait)
             elif time.monotonic() < self._drain_until:
@@ -164,9 +166,7 @@ class ReplayReport:
     """The run's status in MLflow."""
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.events} events are in MLflow ({self.tracking_uri}), run {self.run_id}: {self.status}"
-        ]
+        lines = [f"{self.events} events are in MLflow ({self.tracking_uri}), run {self.run_id}: {self.status}"]
         if self.status == "RUNNING":
             lines.append("the journal has no end: if the run is dead, say so with --status KILLED")
         if self.refused:
@@ -199,17 +199,13 @@ def replay(
     reader = JournalReader(run_folder)
     events = reader.poll()
     if not events:
-        raise JournalError(
-            f"no journal in {run_folder}: it has no readable events under {run_folder}/journal"
-        )
+        raise JournalError(f"no journal in {run_folder}: it has no readable events under {run_folder}/journal")
     ends = [event.value for event in events if event.kind == "status"]
     end = ends[-1] if ends and ends[-1] in END_STATUSES else None
     if status is not None and status not in END_STATUSES:
         raise JournalError(f"status {status!r}: allowed are {', '.join(END_STATUSES)}")
     if status is not None and end is not None and end != status:
-        raise JournalError(
-            f"the journal of {run_folder} ends with {end}; --status is for a run without an end"
-        )
+        raise JournalError(f"the journal of {run_folder} ends with {end}; --status is for a run without an end")
     if status is not None and end is None:
         Journal(run_folder, "replay").status(status, max(event.time_ms for event in events))
         events += reader.poll()
@@ -219,23 +215,35 @@ def replay(
         kind="run", time_ms=first.time_ms, key=f"unopened.{name}", value={"experiment": "paml", "name": name}
     )
     view = MlflowView(run_folder, uri, request_timeout_s=request_timeout_s)
-    view.attach(identity)
-    total, done = len(events), 0
+    for attempt in range(_REPLAY_ATTEMPTS):
+        try:
+            view.refused.clear()
+            view.attach(identity)
+            view.push(events, _counter(len(events), progress))
+            break
+        except Exception:
+            if attempt == _REPLAY_ATTEMPTS - 1:
+                raise
+            time.sleep(1.0)
+    return ReplayReport(
+        run_id=view.run_id or "",
+        tracking_uri=uri,
+        events=len(events),
+        refused=tuple(view.refused),
+        unreadable=dict(reader.unreadable),
+        status=status or end or "RUNNING",
+    )
+
+
+def _counter(total: int, progress: Callable[[int, int], None]) -> Callable[[int], None]:
+    done = 0
 
     def count(number: int) -> None:
         nonlocal done
         done += number
         progress(done, total)
 
-    view.push(events, count)
-    return ReplayReport(
-        run_id=view.run_id or "",
-        tracking_uri=uri,
-        events=total,
-        refused=tuple(view.refused),
-        unreadable=dict(reader.unreadable),
-        status=status or end or "RUNNING",
-    )
+    return count
 
 
 def refill_command(run_folder: str, tracking_uri: str = "URI") -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import secrets
 import threading
@@ -113,7 +112,7 @@ class Journal:
         """All settings of the run: whole as artifact `settings.yaml`, flat as parameters."""
         import yaml
 
-        text = yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True)
         self.artifact_bytes(text.encode(), "settings.yaml")
         self.params(values)
 
@@ -132,7 +131,7 @@ class Journal:
         profile: Mapping[str, Any] | None = None,
     ) -> None:
         """Data that the run used: its digest, where it lies, and counts (`profile`)."""
-        value = {"digest": digest, "source": source, "context": context, "profile": _plain(profile or {})}
+        value = {"digest": digest, "source": source, "context": context, "profile": plain(profile or {})}
         self._write([Event(kind="dataset", time_ms=_now_ms(), key=_checked(name), value=value)])
 
     def artifact(self, path: str, artifact_path: str | None = None) -> None:
@@ -312,12 +311,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Only what JSON and YAML hold: other values become text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, (str, bool, int, float)) or value is None:
         return value
     return str(value)
@@ -328,7 +327,8 @@ def _now_ms() -> int:
 
 
 def _checked(key: str) -> str:
-    if not _KEY.fullmatch(key) or key.startswith("/") or key != os.path.normpath(key):
+    parts = key.split("/")
+    if not _KEY.fullmatch(key) or any(part in ("", ".", "..") for part in parts):
         raise JournalError(
             f"name {key!r}: MLflow takes 1 to 250 letters, digits and '_', '-', '.', ' ', ':', '/', "
             "with no empty part, '.' or '..' between slashes"
@@ -343,7 +343,7 @@ def _artifact_path(path: str) -> str:
 
 
 def _text(kind: str, key: str, value: Any, time_ms: int) -> Event:
-    text = value if isinstance(value, str) else json.dumps(_plain(value), ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
     return Event(kind=kind, time_ms=time_ms, key=_checked(key), value=text)
 
 
@@ -355,9 +355,7 @@ def _encode(events: list[Event]) -> bytes:
             row["step"] = event.step
             if not math.isfinite(event.value):
                 # JSON has no such numbers.
-                row["value"] = next(
-                    text for text, value in _NOT_FINITE.items() if repr(value) == repr(event.value)
-                )
+                row["value"] = next(text for text, value in _NOT_FINITE.items() if repr(value) == repr(event.value))
         rows.append(row)
     body = json.dumps(rows, ensure_ascii=False, allow_nan=False)
     crc = zlib.crc32(body.encode())
@@ -368,8 +366,7 @@ def _decode(data: bytes) -> list[Event]:
     content = json.loads(data)
     if content["schema_version"] != SCHEMA_VERSION:
         raise JournalError(
-            f"schema version {content['schema_version']}, this paml reads {SCHEMA_VERSION}: "
-            "use the paml that wrote it"
+            f"schema version {content['schema_version']}, this paml reads {SCHEMA_VERSION}: use the paml that wrote it"
         )
     body = json.dumps(content["events"], ensure_ascii=False, allow_nan=False)
     if zlib.crc32(body.encode()) != content["crc32"]:

@@ -62,7 +62,7 @@ class MlflowView:
 
     def attach(self, identity: Event) -> None:
         """Finds the run in MLflow, or creates it, and asks what it holds."""
-        with _own_calls(self._request_timeout_s):
+        with own_calls(self._request_timeout_s):
             client = self._client = self._client or _connect(self.tracking_uri)
             run = self._find(client, identity) or self._create(client, identity)
             self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
@@ -83,7 +83,7 @@ class MlflowView:
         kinds: dict[str, list[Event]] = {}
         for event in events:
             kinds.setdefault(event.kind, []).append(event)
-        with _own_calls(self._request_timeout_s):
+        with own_calls(self._request_timeout_s):
             for batch in _batches(kinds.get("param", []), _TEXTS_PER_BATCH):
                 self._push_params(batch)
                 done(len(batch))
@@ -100,11 +100,11 @@ class MlflowView:
             of_kind = kinds.get(kind, [])
             for event in latest(of_kind):
                 # A server passes large files on to its own storage before it answers.
-                with _own_calls(max(60, self._request_timeout_s)):
+                with own_calls(max(60, self._request_timeout_s)):
                     push(event)
             done(len(of_kind))
         if statuses := kinds.get("status", []):
-            with _own_calls(self._request_timeout_s):
+            with own_calls(self._request_timeout_s):
                 self._push_status(statuses[-1])
         done(len(statuses) + len(kinds.get("run", [])))
 
@@ -144,9 +144,7 @@ class MlflowView:
         else:
             experiment_id = experiment.experiment_id
         tags = {ID_TAG: identity.key, "mlflow.source.name": "paml", "mlflow.source.type": "JOB"}
-        run = client.create_run(
-            experiment_id, start_time=identity.time_ms, tags=tags, run_name=identity.value["name"]
-        )
+        run = client.create_run(experiment_id, start_time=identity.time_ms, tags=tags, run_name=identity.value["name"])
         return client.get_run(run.info.run_id)
 
     def _push_metrics(self, batch: Sequence[Event]) -> None:
@@ -395,7 +393,7 @@ _restore: Callable[[], None] | None = None
 
 
 @contextlib.contextmanager
-def _own_calls(timeout_s: int) -> Iterator[None]:
+def own_calls(timeout_s: int) -> Iterator[None]:
     """Bounds MLflow's HTTP requests and silences its chatter while our own calls run, in any thread."""
     global _restore
     with _calls_lock:
@@ -418,9 +416,8 @@ def _own_calls(timeout_s: int) -> Iterator[None]:
 def _bound_and_silence() -> Callable[[], None]:
     environment = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-        # One retry: a connection kept alive may have been closed by a server that is well.
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        # MLflow would send a request again whose reply was lost, and so create a run twice.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",

@@ -1,0 +1,169 @@
+"""A real MLflow server in a process of its own, and the comparison of a journal with what it holds."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from paml import storage
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+class MlflowServer:
+    """Started again on the same port, it holds what it held before."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        arguments = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
+        arguments += ["--artifacts-destination", str(self.folder / "artifacts"), "--port", str(self.port)]
+        with open(self.folder / "server.log", "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", *arguments],
+                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
+                    return
+            except OSError:
+                time.sleep(0.1)
+        raise TimeoutError(f"MLflow did not start: {(self.folder / 'server.log').read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server
+    server.kill()
+
+
+def wait_until(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def differences(run_folder: str, uri: str) -> list[str]:
+    """Where MLflow's run and the journal differ: every event must stand there exactly once."""
+    from mlflow import MlflowClient
+
+    from paml.tracking import read_journal
+    from paml.tracking.view import cut
+
+    client = MlflowClient(uri)
+    events = read_journal(run_folder)
+    identity = next(event for event in events if event.kind == "run")
+    experiment = client.get_experiment_by_name(identity.value["experiment"])
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], f"tags.`paml.journal` = '{identity.key}'")
+    if len(runs) != 1:
+        return [f"{len(runs)} runs"]
+    run = client.get_run(runs[0].info.run_id)
+    run_id = run.info.run_id
+    found: list[str] = []
+
+    def same(what: str, journal: object, mlflow: object) -> None:
+        if journal != mlflow:
+            found.append(f"{what}: journal {journal!r}, MLflow {mlflow!r}"[:2000])
+
+    def shown(value: float) -> str:
+        # MLflow stores infinities as the largest double.
+        return repr(math.copysign(sys.float_info.max, value) if math.isinf(value) else float(value))
+
+    metrics = [event for event in events if event.kind == "metric"]
+    held = [metric for key in run.data.metrics for metric in client.get_metric_history(run_id, key)]
+    same(
+        "metrics",
+        Counter((event.key, event.step, shown(event.value), event.time_ms) for event in metrics),
+        Counter((metric.key, metric.step, shown(metric.value), metric.timestamp) for metric in held),
+    )
+    params = {event.key: cut(event.value, 6000) for event in events if event.kind == "param"}
+    same("params", params, run.data.params)
+    tags = {event.key: cut(event.value, 8000) for event in events if event.kind == "tag"}
+    ours = {"paml.journal", "paml.cut_params", "mlflow.runName", "mlflow.source.name", "mlflow.source.type"}
+    same("tags", tags, {key: value for key, value in run.data.tags.items() if key not in ours})
+    artifacts = {event.key: event.value["size"] for event in events if event.kind == "artifact"}
+    listed: list[tuple[str, int]] = []
+    folders: list[str | None] = [None]
+    while folders:
+        for item in client.list_artifacts(run_id, folders.pop()):
+            if item.is_dir:
+                folders.append(item.path)
+            else:
+                listed.append((item.path, item.file_size or 0))
+    same("artifacts", sorted(artifacts.items()), sorted(listed))
+    for path in artifacts:
+        copy = Path(client.download_artifacts(run_id, path)).read_bytes()
+        same(f"content of {path}", storage.read_bytes(f"{run_folder}/artifacts/{path}"), copy)
+    datasets = [(event.key, event.value["digest"][:36]) for event in events if event.kind == "dataset"]
+    inputs = [(item.dataset.name, item.dataset.digest) for item in run.inputs.dataset_inputs]
+    same("datasets", sorted(datasets), sorted(inputs))
+    models = sorted(event.key for event in events if event.kind == "model")
+    logged = client.search_logged_models([experiment.experiment_id], filter_string=f"source_run_id = '{run_id}'")
+    same("models", models, sorted(model.name for model in logged))
+    same("model states", {"READY"} if models else set(), {str(model.status.value) for model in logged})
+    outputs = run.outputs.model_outputs if run.outputs else []
+    same("outputs", sorted(model.model_id for model in logged), sorted(item.model_id for item in outputs))
+    status = [event for event in events if event.kind == "status"][-1]
+    same("status", status.value, run.info.status)
+    if status.value != "RUNNING":
+        same("end", status.time_ms, run.info.end_time)
+    same("start", identity.time_ms, run.info.start_time)
+    same("name", identity.value["name"], run.info.run_name)
+    return found
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    return str(tmp_path / "runs" / "one")
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """A bucket of moto's server."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    emulator = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    emulator.start()
+    host, port = emulator.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL_S3": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="runs")
+    yield "s3://runs"
+    emulator.stop()

@@ -1,0 +1,162 @@
+import json
+import math
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paml.tracking import Event, Journal, JournalError, JournalReader, read_journal
+from paml.tracking.journal import _decode, _encode
+
+KEYS = st.from_regex(r"\A[a-z_.:][a-z0-9_.: -]{0,20}[a-z]\Z")
+
+
+@given(
+    st.lists(
+        st.builds(
+            Event,
+            kind=st.just("metric"),
+            time_ms=st.integers(0, 2**45),
+            key=KEYS,
+            value=st.floats(),
+            step=st.integers(-(2**62), 2**62),
+        )
+    ),
+    st.lists(st.builds(Event, kind=st.just("tag"), time_ms=st.integers(0, 2**45), key=KEYS, value=st.text())),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_segment_keeps_every_bit(metrics, tags):
+    assert list(map(repr, _decode(_encode(metrics + tags)))) == list(map(repr, metrics + tags))
+
+
+def test_values_that_json_lacks_are_kept(run_folder):
+    Journal(run_folder, "driver").metrics({"a": math.nan, "b": math.inf, "c": -math.inf, "d": -0.0}, 3, 17)
+    values = {event.key: event.value for event in read_journal(run_folder)}
+    assert math.isnan(values["a"])
+    assert (values["b"], values["c"]) == (math.inf, -math.inf)
+    assert math.copysign(1, values["d"]) == -1
+    (segment,) = Path(run_folder, "journal").iterdir()
+    # Strict JSON: no bare NaN.
+    json.loads(segment.read_text(), parse_constant=pytest.fail)
+
+
+def test_the_first_of_a_key_and_step_stands(run_folder):
+    Journal(run_folder, "rank0").metrics({"val/map": 0.5, "train/loss": 1.0}, 1, 1000)
+    Journal(run_folder, "rank0").metrics({"val/map": 0.7, "train/loss": 2.0}, 2, 2000)
+    Journal(run_folder, "rank0").metrics({"val/map": 0.9}, 2, 3000)
+    events = [(event.key, event.step, event.value, event.time_ms) for event in read_journal(run_folder)]
+    assert events == [
+        ("val/map", 1, 0.5, 1000),
+        ("train/loss", 1, 1.0, 1000),
+        ("val/map", 2, 0.7, 2000),
+        ("train/loss", 2, 2.0, 2000),
+    ]
+
+
+def test_a_clock_set_back_does_not_change_who_was_first(run_folder, monkeypatch):
+    Journal(run_folder, "rank0").metrics({"val/map": 0.5}, 1)
+    earlier = time.time_ns() - 3600 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: earlier)
+    Journal(run_folder, "rank0").metrics({"val/map": 0.6}, 1)
+    assert [event.value for event in read_journal(run_folder)] == [0.5]
+
+
+def test_many_writers_at_once_lose_nothing(run_folder):
+    def write(index):
+        journal = Journal(run_folder, f"rank{index % 2}")
+        for step in range(40):
+            journal.metrics({f"m{index}": step}, step)
+
+    threads = [threading.Thread(target=write, args=(index,)) for index in range(4)]
+    reader, seen = JournalReader(run_folder), []
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        seen += reader.poll()
+    seen += reader.poll()
+    expected = sorted((f"m{index}", step) for index in range(4) for step in range(40))
+    assert sorted((event.key, event.step) for event in seen) == expected
+    assert sorted((event.key, event.step) for event in read_journal(run_folder)) == expected
+    times = [event.time_ms for event in read_journal(run_folder)]
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other version"])
+def test_an_unreadable_segment_is_named_and_the_rest_is_read(run_folder, damage):
+    journal = Journal(run_folder, "driver")
+    journal.metrics({"a": 0.25}, 1)
+    journal.metrics({"a": 0.75}, 2)
+    segment = min(Path(run_folder, "journal").iterdir())
+    data = segment.read_bytes()
+    damaged = {
+        "cut": data[:-9],
+        "flipped": data.replace(b"0.25", b"0.35"),
+        "empty": b"",
+        "other version": data.replace(b'"schema_version": 1', b'"schema_version": 99'),
+    }
+    segment.write_bytes(damaged[damage])
+    with pytest.raises(JournalError, match=segment.name):
+        read_journal(run_folder)
+    unreadable: dict[str, str] = {}
+    assert [event.value for event in read_journal(run_folder, unreadable=unreadable)] == [0.75]
+    assert list(unreadable) == [str(segment)]
+
+
+def test_params_stand_tags_follow_and_changes_on_resume_are_kept(run_folder):
+    first = Journal(run_folder, "driver")
+    first.run(experiment="e", name="n", tags={"k": "1"})
+    first.params({"loss": {"name": "ll-r", "rates": [0.1, None]}, "workers": 2})
+    second = Journal(run_folder, "driver")
+    second.run(experiment="e", name="other", tags={"k": "2"})
+    second.params({"loss": {"name": "ll-r"}, "workers": 3})
+    events = read_journal(run_folder)
+    params = {event.key: event.value for event in events if event.kind == "param"}
+    assert params == {"loss.name": "ll-r", "loss.rates": "[0.1, null]", "workers": "2"}
+    assert {e.key: e.value for e in events if e.kind == "tag"} == {"k": "2", "resumed.workers": "3"}
+    assert [event.value["name"] for event in events if event.kind == "run"] == ["n"]
+
+
+@pytest.mark.parametrize("key", ["", "a//b", "../a", "/a", "a\nb", "loss%", "x" * 251])
+def test_a_name_that_mlflow_refuses_is_refused_at_once(run_folder, key):
+    with pytest.raises(JournalError, match="MLflow takes"):
+        Journal(run_folder, "driver").metrics({key: 1.0}, 1)
+    assert read_journal(run_folder) == []
+
+
+@pytest.mark.parametrize("path", ["/etc/x", "../x", "a//b"])
+def test_an_artifact_stays_inside_the_run(run_folder, path):
+    with pytest.raises(JournalError, match="relative path"):
+        Journal(run_folder, "driver").artifact_bytes(b"", path)
+
+
+def test_a_file_inside_the_run_is_not_copied(run_folder):
+    table = Path(run_folder, "scores", "table.txt")
+    table.parent.mkdir(parents=True)
+    table.write_text("G1 0.5")
+    Journal(run_folder, "driver").artifact(str(table), "scores/epoch.txt")
+    (event,) = read_journal(run_folder)
+    assert event.value["file"] == "scores/table.txt"
+    assert not Path(run_folder, "artifacts").exists()
+
+
+def test_settings_are_whole_in_a_file_and_flat_as_parameters(run_folder):
+    import yaml
+
+    values = {"model": {"alpha": 5.0, "classes": ["/m/1"] * 900}, "seed": 1, "path": Path("x")}
+    Journal(run_folder, "driver").settings(values)
+    held = yaml.safe_load(Path(run_folder, "artifacts", "settings.yaml").read_text())
+    assert held == {"model": {"alpha": 5.0, "classes": ["/m/1"] * 900}, "seed": 1, "path": "x"}
+    params = {event.key: event.value for event in read_journal(run_folder) if event.kind == "param"}
+    assert params["seed"] == "1"
+    assert json.loads(params["model.classes"]) == ["/m/1"] * 900
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_storage_that_cannot_be_written_is_an_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError, match="cannot"):
+        Journal(str(tmp_path / "run"), "driver").metrics({"a": 1.0}, 1)

@@ -1,0 +1,373 @@
+"""Journal and MLflow's view of it, through a real server that dies, hangs and loses replies."""
+
+import contextlib
+import http.client
+import http.server
+import math
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from paml import storage
+from paml.tracking import Journal, MlflowFollower, SystemSampler, read_journal, replay
+from paml.tracking.__main__ import main
+
+from .conftest import differences, wait_until
+
+
+def seconds(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def follow(run_folder, uri, **options):
+    return MlflowFollower(run_folder, uri, poll_s=0.1, request_timeout_s=2, **options)
+
+
+def open_run(run_folder):
+    journal = Journal(run_folder, "driver")
+    journal.run(experiment="exp/one", name="first", tags={"digest": "a" * 64}, note="# A run\n\nof *paml*")
+    journal.settings({"loss": {"name": "ll-r", "reject_rate_step": 1e-4}, "long": "x" * 9000})
+    journal.dataset(name="coco18/train", digest="ab" * 32, source="/somewhere", profile={"images": 5})
+    return journal
+
+
+def epoch(run_folder, number):
+    values = {"train/loss": 1 / number, "rejection/rejected": 100.0 * number, "val/map": math.nan}
+    values |= {f"groups/G{group}": number + group / 7 for group in range(1, 6)}
+    rank0 = Journal(run_folder, "rank0")
+    rank0.metrics(values, number)
+    rank0.artifact_bytes(f"classes of epoch {number}".encode(), f"per_class/{number}.txt")
+
+
+def end(journal, status="FINISHED"):
+    journal.artifact_bytes(b"G1 0.5", "scores/table.txt")
+    journal.metrics({"test/map": math.inf}, 0)
+    journal.status(status)
+
+
+def write_model(folder):
+    folder.mkdir(parents=True)
+    (folder / "MLmodel").write_text("flavors: {python_function: {loader_module: mlflow.pyfunc.model}}\n")
+    (folder / "weights.safetensors").write_bytes(os.urandom(1000))
+    return str(folder)
+
+
+def test_a_clean_run_stands_in_mlflow_exactly_once(run_folder, server, tmp_path, capfd):
+    lines = []
+    journal = open_run(run_folder)
+    follower = follow(run_folder, server.uri, say=lines.append)
+    sampler = SystemSampler(journal, 0.2)
+    for number in range(1, 4):
+        epoch(run_folder, number)
+        time.sleep(0.25)
+    sampler.close()
+    journal.model(write_model(tmp_path / "m"))
+    end(journal)
+    assert follower.close(60) == 0
+    assert lines == []
+    assert capfd.readouterr() == ("", "")
+    assert differences(run_folder, server.uri) == []
+    run = MlflowClient(server.uri).get_run(follower.run_id)
+    assert "system/cpu_utilization_percentage" in run.data.metrics
+    assert run.data.tags["paml.cut_params"] == '["long"]'
+    assert run.data.params["long"].endswith("[cut: whole in the artifact settings.yaml]")
+    assert run.data.tags["mlflow.note.content"] == "# A run\n\nof *paml*"
+
+
+def test_nothing_is_lost_when_the_server_is_killed_and_comes_back(run_folder, server):
+    lines = []
+    journal = open_run(run_folder)
+    follower = follow(run_folder, server.uri, say=lines.append)
+    epoch(run_folder, 1)
+    wait_until(lambda: follower.run_id is not None)
+    server.kill()
+    try:
+        slowest = 0.0
+        for number in range(2, 12):
+            start = time.perf_counter()
+            epoch(run_folder, number)
+            slowest = max(slowest, time.perf_counter() - start)
+            time.sleep(0.1)
+        wait_until(lambda: len(lines) == 1)
+    finally:
+        server.start()
+    end(journal)
+    wait_until(lambda: len(lines) == 2)
+    assert follower.close(60) == 0
+    assert slowest < 0.5
+    assert "is away (connection" in lines[0]
+    assert "is back" in lines[1]
+    assert differences(run_folder, server.uri) == []
+
+
+def test_a_server_that_never_was_there_is_refilled_by_replay_twice(run_folder, server, tmp_path, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{free.getsockname()[1]}"
+    lines = []
+    journal = open_run(run_folder)
+    follower = follow(run_folder, nowhere, say=lines.append)
+    for number in range(1, 4):
+        epoch(run_folder, number)
+    journal.model(write_model(tmp_path / "m"))
+    end(journal, "FAILED")
+    wait_until(lambda: lines)
+    left = follower.close(0.5)
+    assert left == len(read_journal(run_folder))
+    assert len(lines) == 2
+    assert f"{left} events" in lines[1]
+    assert f"python -m paml.tracking {run_folder} --tracking-uri" in lines[1]
+    for _ in range(2):
+        assert main([run_folder, "--tracking-uri", server.uri]) == 0
+        assert differences(run_folder, server.uri) == []
+        assert "FAILED" in capsys.readouterr().out
+    # What was remembered is a short cut only.
+    Path(run_folder, "mlflow.json").unlink()
+    replay(run_folder, server.uri)
+    assert differences(run_folder, server.uri) == []
+
+
+def test_a_second_follower_goes_on_where_a_killed_one_stopped(run_folder, server):
+    journal = open_run(run_folder)
+    for step in range(30):
+        journal.metric_rows([(f"many/{key}", key + step / 31, step, 10**12 + step) for key in range(400)])
+    script = f"""
+        import time
+        from paml.tracking import MlflowFollower
+        follower = MlflowFollower({run_folder!r}, {server.uri!r}, poll_s=0.1)
+        time.sleep(600)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
+    try:
+        client = MlflowClient(server.uri)
+
+        def some_metrics():
+            experiment = client.get_experiment_by_name("exp/one")
+            identity = next(event for event in read_journal(run_folder) if event.kind == "run")
+            runs = (
+                client.search_runs([experiment.experiment_id], f"tags.`paml.journal` = '{identity.key}'")
+                if experiment
+                else []
+            )
+            return bool(runs and runs[0].data.metrics)
+
+        wait_until(some_metrics)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    follower = follow(run_folder, server.uri)
+    epoch(run_folder, 1)
+    end(journal)
+    assert follower.close(120) == 0
+    assert differences(run_folder, server.uri) == []
+
+
+def test_replies_that_are_lost_double_nothing(run_folder, server, tmp_path):
+    with losing_proxy(server.port, seed=5) as (uri, lost):
+        lines = []
+        journal = open_run(run_folder)
+        follower = follow(run_folder, uri, say=lines.append)
+        for number in range(1, 4):
+            epoch(run_folder, number)
+            time.sleep(0.2)
+        journal.model(write_model(tmp_path / "m"))
+        end(journal)
+        assert follower.close(120) == 0
+        assert len(lost) > 5
+        assert any("runs/create" in path for path in lost)
+    assert differences(run_folder, server.uri) == []
+
+
+@contextlib.contextmanager
+def losing_proxy(port, seed):
+    """Hands every request on, and loses the reply of some: the first to create a run, later a third."""
+    draw, lost = random.Random(seed), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def forward(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            link = http.client.HTTPConnection("127.0.0.1", port)
+            link.request(self.command, self.path, body, dict(self.headers.items()))
+            reply = link.getresponse()
+            data = reply.read()
+            link.close()
+            first_creation = "runs/create" in self.path and not any("runs/create" in path for path in lost)
+            if self.command != "GET" and (first_creation or draw.random() < 0.33):
+                lost.append(self.path)
+                self.close_connection = True
+                return
+            self.send_response(reply.status)
+            self.send_header("Content-Type", reply.headers.get("Content-Type", "application/json"))
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = forward
+
+        def log_message(self, format, *args):
+            pass
+
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_address[1]}", lost
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+
+
+def test_a_hung_server_costs_the_journal_nothing(run_folder):
+    with socket.socket() as hung:
+        hung.bind(("127.0.0.1", 0))
+        hung.listen(50)
+        lines = []
+        journal = open_run(run_folder)
+        alone = [seconds(lambda: journal.tags({"warm": "yes"})) for _ in range(50)]
+        before = dict(os.environ)
+        follower = follow(run_folder, f"http://127.0.0.1:{hung.getsockname()[1]}", say=lines.append)
+        times = []
+        while not lines:
+            times.append(seconds(lambda: journal.metrics({"train/loss": 0.5}, len(times))))
+            time.sleep(0.02)
+            assert len(times) < 3000
+        start = time.monotonic()
+        left = follower.close(1.0)
+        assert time.monotonic() - start < 2.0
+    assert left == len(read_journal(run_folder))
+    assert "no answer in time" in lines[0]
+    assert statistics.median(times) < 3 * statistics.median(alone) + 0.005
+    assert sorted(times)[int(len(times) * 0.99)] < 0.2
+    wait_until(lambda: not follower._thread.is_alive())
+    assert dict(os.environ) == before
+
+
+def test_a_resumed_run_goes_on_in_the_same_mlflow_run(run_folder, server):
+    client = MlflowClient(server.uri)
+    journal = open_run(run_folder)
+    follower = follow(run_folder, server.uri)
+    epoch(run_folder, 1)
+    journal.status("KILLED")
+    assert follower.close(60) == 0
+    run_id = follower.run_id
+    assert client.get_run(run_id).info.status == "KILLED"
+
+    journal = Journal(run_folder, "driver")
+    journal.run(experiment="exp/one", name="first")
+    follower = follow(run_folder, server.uri)
+    wait_until(lambda: client.get_run(run_id).info.status == "RUNNING")
+    epoch(run_folder, 1)
+    epoch(run_folder, 2)
+    end(journal)
+    assert follower.close(60) == 0
+    assert follower.run_id == run_id
+    assert differences(run_folder, server.uri) == []
+
+
+def test_a_run_whose_driver_was_killed_is_ended_when_told_so(run_folder, server, capsys):
+    open_run(run_folder)
+    epoch(run_folder, 1)
+    last = max(event.time_ms for event in read_journal(run_folder))
+    assert main([run_folder, "--tracking-uri", server.uri]) == 0
+    assert "say so with --status KILLED" in capsys.readouterr().out
+    assert main([run_folder, "--tracking-uri", server.uri, "--status", "KILLED"]) == 0
+    assert differences(run_folder, server.uri) == []
+    assert read_journal(run_folder)[-1].time_ms == last
+    assert main([run_folder, "--tracking-uri", server.uri, "--status", "FINISHED"]) == 1
+    assert "ends with KILLED" in capsys.readouterr().err
+
+
+def test_what_the_server_refuses_is_named_and_the_rest_is_sent(run_folder, server):
+    journal = open_run(run_folder)
+    replay(run_folder, server.uri)
+    run_id = (
+        MlflowClient(server.uri)
+        .search_runs(
+            [MlflowClient(server.uri).get_experiment_by_name("exp/one").experiment_id],
+            f"tags.`paml.journal` = '{next(e.key for e in read_journal(run_folder) if e.kind == 'run')}'",
+        )[0]
+        .info.run_id
+    )
+    lost = Path(run_folder, "artifacts", "lost.txt")
+    journal.artifact_bytes(b"x", "lost.txt")
+    lost.unlink()
+    # MLflow itself knows this tag and takes no such value.
+    journal.tags({"mlflow.runName": "", "fine": "yes"})
+    epoch(run_folder, 1)
+    report = replay(run_folder, server.uri)
+    assert any("lost.txt" in line for line in report.refused)
+    run = MlflowClient(server.uri).get_run(run_id)
+    assert run.data.tags["fine"] == "yes"
+    assert run.data.metrics["train/loss"] == 1.0
+
+
+@pytest.mark.slow
+def test_the_embedded_store_is_made_once_by_many_processes(tmp_path):
+    script = """
+        import sys
+        from paml.tracking import Journal, MlflowFollower
+        root, name = sys.argv[1:]
+        journal = Journal(f"{root}/runs/{name}", "driver")
+        journal.run(experiment="e", name=name)
+        journal.artifact_bytes(b"x", "x.txt")
+        follower = MlflowFollower(f"{root}/runs/{name}", storage_root=root, poll_s=0.1)
+        journal.metrics({"a": 1.0}, 1)
+        journal.status("FINISHED")
+        sys.exit(follower.close(90))
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), f"run{index}"],
+            env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for index in range(3)
+    ]
+    outputs = [process.communicate()[0].decode() for process in processes]
+    assert outputs == [""] * 3
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    for index in range(3):
+        assert differences(str(tmp_path / "runs" / f"run{index}"), f"sqlite:///{tmp_path}/mlflow.db") == []
+    assert sorted(os.listdir(tmp_path)) == ["mlartifacts", "mlflow.db", "mlflow.db.lock", "runs"]
+
+
+def test_a_run_on_s3_is_followed_and_refilled(s3, server, tmp_path):
+    run_folder = f"{s3}/runs/one"
+    journal = open_run(run_folder)
+    follower = follow(run_folder, server.uri)
+    for number in range(1, 5):
+        epoch(run_folder, number)
+    journal.model(write_model(tmp_path / "m"))
+    end(journal)
+    assert follower.close(60) == 0
+    assert differences(run_folder, server.uri) == []
+    storage.delete(f"{run_folder}/mlflow.json")
+    replay(run_folder, server.uri)
+    assert differences(run_folder, server.uri) == []
+
+
+def test_a_remote_run_without_a_server_says_so_and_goes_on(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    lines = []
+    follower = MlflowFollower("s3://bucket/run", storage_root="s3://bucket", say=lines.append)
+    assert follower.close() == 0
+    assert len(lines) == 1
+    assert "python -m paml.tracking s3://bucket/run" in lines[0]
