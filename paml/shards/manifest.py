@@ -178,9 +178,7 @@ def write_manifest(
         "report": json.dumps(report, sort_keys=True),
         "shards": json.dumps([dataclasses.asdict(s) for s in shards]),
     }
-    storage.write_bytes(
-        storage.join(folder, MANIFEST_NAME), batch_bytes(batch.replace_schema_metadata(metadata))
-    )
+    storage.write_bytes(storage.join(folder, MANIFEST_NAME), batch_bytes(batch.replace_schema_metadata(metadata)))
     return Manifest.open(folder)
 
 

@@ -27,8 +27,8 @@ class ShardReader:
 
     Threads may share a reader; pickled to another process it opens its files anew. At most `max_open` tar
     files are mapped at a time. Shards of a remote folder are copied to `cache` (default: that of
-    `storage.cache_folder`), checked by SHA-256 on arrival and fetched a second time where that fails; one that stays
-    bad is used all the same, since each image is checked when read.
+    `storage.cache_folder`), checked by SHA-256 on arrival and fetched a second time where that fails; one that
+    stays bad is used all the same, since each image is checked when read.
     """
 
     def __init__(self, manifest: Manifest, cache: str | None = None, *, max_open: int = 256) -> None:
@@ -59,9 +59,7 @@ class ShardReader:
                 index, f"the tar file ends at byte {len(data)}, the image at byte {offset + size}: it was cut"
             )
         if zlib.crc32(image) != int(manifest.crc32[index]):
-            raise self._corrupt(
-                index, f"bytes {offset} to {offset + size} fail their CRC-32: they were changed"
-            )
+            raise self._corrupt(index, f"bytes {offset} to {offset + size} fail their CRC-32: they were changed")
         return image
 
     def _corrupt(self, index: int, reason: str) -> CorruptSample:

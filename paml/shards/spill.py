@@ -100,9 +100,7 @@ def read_records(data: memoryview) -> Iterator[Record]:
         header = data[at : at + _RECORD.size]
         if len(header) < _RECORD.size:
             raise DamagedSpill(f"a record is cut at byte {at}")
-        mark, checksum, digest, sequence, key_size, extension, width, height, size, crc32 = _RECORD.unpack(
-            header
-        )
+        mark, checksum, digest, sequence, key_size, extension, width, height, size, crc32 = _RECORD.unpack(header)
         start = at + _RECORD.size + key_size
         name = bytes(data[at + _RECORD.size : start])
         if mark != _MARK or zlib.crc32(name, zlib.crc32(header[8:])) != checksum:
@@ -110,18 +108,14 @@ def read_records(data: memoryview) -> Iterator[Record]:
         image = data[start : start + size]
         if len(image) < size or zlib.crc32(image) != crc32:
             raise DamagedSpill(f"the image of {name.decode()!r} at byte {start} fails its checksum")
-        yield Record(
-            digest, sequence, name.decode(), EXTENSIONS[extension], width, height, start, size, crc32
-        )
+        yield Record(digest, sequence, name.decode(), EXTENSIONS[extension], width, height, start, size, crc32)
         at = start + size
 
 
 class Spill:
     """The spill files of a run and their journal, in a local folder."""
 
-    def __init__(
-        self, folder: Path, num_shards: int, *, finished: set[int], buffer_bytes: int = 64 << 20
-    ) -> None:
+    def __init__(self, folder: Path, num_shards: int, *, finished: set[int], buffer_bytes: int = 64 << 20) -> None:
         """Open a new or cut-off spill. `finished` are the shards whose tar files are in place already."""
         self.folder = folder
         self._journal = folder / "journal.bin"

@@ -86,9 +86,7 @@ class ShardSettings:
 
     def __post_init__(self) -> None:
         if self.resize not in ("squash", "shorter_side", "original"):
-            raise SettingsError(
-                f"shards.resize is {self.resize!r}: set it to squash, shorter_side or original"
-            )
+            raise SettingsError(f"shards.resize is {self.resize!r}: set it to squash, shorter_side or original")
         for name, low, high in (
             ("size", 16, 8192),
             ("quality", 1, 100),
@@ -98,9 +96,7 @@ class ShardSettings:
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise SettingsError(
-                    f"shards.{name} is {value!r}: set it to a whole number from {low} to {high}"
-                )
+                raise SettingsError(f"shards.{name} is {value!r}: set it to a whole number from {low} to {high}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +151,10 @@ def write_shards(
 ) -> ShardReport:
     """Write the images of `source` as shards, `manifest.arrow` and `rejects.csv` to `out_folder`.
 
-    `source` gives (key, payload) pairs, e.g. `iter_folder` or `iter_tars`. Keys may hold any character; in
-    the tar files those that WebDataset would cut at (dot) or that name folders are written as %2E and so on,
-    while the manifest has the true key. `expected_count` fixes the number of shards; it defaults to
-    `len(source)`, else to the number of wanted keys. `wanted_keys` limits the shards to these; those that no source has are
+    `source` gives (key, payload) pairs, e.g. `iter_folder` or `iter_tars`. Keys may hold any character; in the
+    tar files those that WebDataset would cut at (dot) or that name folders are written as %2E and so on, while
+    the manifest has the true key. `expected_count` fixes the number of shards; it defaults to `len(source)`,
+    else to the number of wanted keys. `wanted_keys` limits the shards to these; those that no source has are
     reported. `workers` threads decode and encode (default: all cores). Without `progress` a bar is shown on a
     terminal. Intermediate files need about as much disk as the shards; they lie in `work_folder`, by default
     `.partial` in the output folder, or for remote output below the machine's folder for temporary files.
@@ -180,9 +176,7 @@ def write_shards(
         elif wanted is not None:
             expected_count = len(wanted)
         else:
-            raise SettingsError(
-                "the source does not tell its length: give expected_count, an estimate will do"
-            )
+            raise SettingsError("the source does not tell its length: give expected_count, an estimate will do")
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)
     with _only_writer(work), _reporter(progress) as report:
@@ -273,7 +267,8 @@ def _plan(work: Path, settings: ShardSettings, expected_count: int) -> int:
         return plan["num_shards"]
     if expected_count < 1:
         raise SettingsError(
-            f"expected_count is {expected_count}: give the number of images, an estimate will do"
+            f"{expected_count} images are expected: name a source that holds some, or give expected_count "
+            "(an estimate will do)"
         )
     num_shards = math.ceil(expected_count / settings.samples_per_shard)
     storage.write_bytes(str(path), json.dumps({"settings": mine, "num_shards": num_shards}).encode())
@@ -294,9 +289,7 @@ def _bad_key(key: object) -> str | None:
         size = len(key.encode("utf-8"))
     except UnicodeEncodeError:
         return "the key (file name) is not valid UTF-8: rename the file"
-    return (
-        f"the key has {size} bytes, at most {_MAX_KEY_BYTES} are allowed" if size > _MAX_KEY_BYTES else None
-    )
+    return f"the key has {size} bytes, at most {_MAX_KEY_BYTES} are allowed" if size > _MAX_KEY_BYTES else None
 
 
 class _Job:
@@ -371,9 +364,7 @@ class _Job:
                     found[place] = True
                 if spill.done.find(digest) >= 0:
                     continue
-                waiting.append(
-                    (key, digest, pool.submit(_work, key, digest, sequence, payload, self.settings))
-                )
+                waiting.append((key, digest, pool.submit(_work, key, digest, sequence, payload, self.settings)))
                 if len(waiting) > 4 * self.workers:
                     take()
             while waiting:
@@ -454,9 +445,7 @@ class _Job:
         rejects = dict(counts["rejects"])
         if rejects:
             names = list(rejects)
-            usable = pc.call_function(
-                "is_in", [pa.array(names, pa.string())], pc.SetLookupOptions(batch.column("key"))
-            )
+            usable = pc.call_function("is_in", [pa.array(names, pa.string())], pc.SetLookupOptions(batch.column("key")))
             for name, is_usable in zip(names, usable.to_pylist(), strict=True):
                 if is_usable:  # another source had a sound copy
                     del rejects[name]
@@ -478,14 +467,8 @@ class _Job:
             bytes=sum(s.bytes for s in shards),
             digest="",
         )
-        fields = {
-            k: v
-            for k, v in dataclasses.asdict(report).items()
-            if k not in ("folder", "digest", "already_done")
-        }
-        manifest = write_manifest(
-            self.out, batch, shards, settings=dataclasses.asdict(self.settings), report=fields
-        )
+        fields = {k: v for k, v in dataclasses.asdict(report).items() if k not in ("folder", "digest", "already_done")}
+        manifest = write_manifest(self.out, batch, shards, settings=dataclasses.asdict(self.settings), report=fields)
         return dataclasses.replace(report, digest=manifest.digest)
 
 
@@ -524,9 +507,7 @@ class _HashingFile:
         return self._file.write(data)
 
 
-def _write_tar_file(
-    path: str, name: str, data: memoryview, records: list[Record]
-) -> tuple[ShardInfo, list[int]]:
+def _write_tar_file(path: str, name: str, data: memoryview, records: list[Record]) -> tuple[ShardInfo, list[int]]:
     """Write a tar file. Returns what it is and the offset of each image in it."""
     offsets = []
     with open(path, "wb", buffering=1 << 20) as file:

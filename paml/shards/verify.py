@@ -1,0 +1,153 @@
+"""Check a folder of shards against its manifest, and name what is lost."""
+
+import dataclasses
+import os
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from mmap import ACCESS_READ, mmap
+
+from paml import storage
+from paml.shards.manifest import Manifest
+
+_NAMED = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardFault:
+    """What is wrong with one shard."""
+
+    path: str
+    problem: str
+    count: int
+    """Images that the manifest names in it."""
+    lost: tuple[str, ...]
+    """Keys of those that cannot be read."""
+
+    def __str__(self) -> str:
+        named = ", ".join(self.lost[:_NAMED])
+        if len(self.lost) > _NAMED:
+            named += f" and {len(self.lost) - _NAMED:,} more"
+        return f"{self.path}: {self.problem}" + (
+            f"; lost {len(self.lost):,} of {self.count:,} images: {named}" if self.lost else ""
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyReport:
+    """What `verify_shards` found."""
+
+    folder: str
+    shards: int
+    samples: int
+    bytes: int
+    deep: bool
+    faults: tuple[ShardFault, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Keys of all images that cannot be read."""
+        return tuple(key for fault in self.faults for key in fault.lost)
+
+    def __str__(self) -> str:
+        by = "SHA-256" if self.deep else "size alone"
+        head = f"{self.folder}: {self.samples:,} images in {self.shards:,} shards, checked by {by}: "
+        if self.ok:
+            return head + "all whole"
+        head += f"{len(self.faults)} bad shards, {len(self.lost):,} images lost"
+        return "\n".join([head, *(f"  {fault}" for fault in self.faults)])
+
+
+def verify_shards(
+    folder: str | os.PathLike[str],
+    *,
+    deep: bool = True,
+    workers: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> VerifyReport:
+    """Check each shard's size and SHA-256; where they differ, each image's CRC-32 and each tar header.
+
+    Without `deep` sizes alone are compared. Damage is reported, not raised; raises DataError where there is
+    no manifest, StorageError where storage cannot be reached.
+    """
+    manifest = Manifest.open(folder)
+    faults = []
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        checks = pool.map(lambda shard: _check(manifest, shard, deep), range(len(manifest.shards)))
+        for done, fault in enumerate(checks, start=1):
+            if fault is not None:
+                faults.append(fault)
+            if progress is not None:
+                progress("shards", done, len(manifest.shards))
+    return VerifyReport(
+        folder=manifest.folder,
+        shards=len(manifest.shards),
+        samples=manifest.num_samples,
+        bytes=sum(shard.bytes for shard in manifest.shards),
+        deep=deep,
+        faults=tuple(faults),
+    )
+
+
+def _check(manifest: Manifest, shard: int, deep: bool) -> ShardFault | None:
+    info, path, rows = manifest.shards[shard], manifest.shard_path(shard), manifest.rows_of_shard(shard)
+    try:
+        size = storage.size_of(path)
+    except FileNotFoundError:
+        keys = tuple(manifest.keys()[rows.start : rows.stop].to_pylist())
+        return ShardFault(path, "the file is gone", info.count, keys)
+    problem = ""
+    if size < info.bytes:
+        problem = f"cut: {size:,} of {info.bytes:,} bytes are there"
+    elif size > info.bytes:
+        problem = f"{size:,} bytes where {info.bytes:,} were written"
+    elif deep and storage.sha256_of(path)[0] != info.sha256:
+        problem = "SHA-256 differs"
+    if not problem:
+        return None
+    if not storage.is_remote(path):
+        return _salvage(manifest, shard, path, problem)
+    with tempfile.TemporaryDirectory(prefix="paml-verify-") as temporary:
+        local = os.path.join(temporary, "shard.tar")
+        storage.copy_to_local(path, local)
+        return _salvage(manifest, shard, local, problem)
+
+
+def _salvage(manifest: Manifest, shard: int, local: str, problem: str) -> ShardFault:
+    """Say which images of a bad shard are whole."""
+    rows, lost, details = manifest.rows_of_shard(shard), [], []
+    empty = not os.path.getsize(local)
+    with open(local, "rb") as file:
+        data = memoryview(b"" if empty else mmap(file.fileno(), 0, access=ACCESS_READ))
+    for index in range(rows.start, rows.stop):
+        offset, size = int(manifest.offset[index]), int(manifest.size[index])
+        image = data[offset : offset + size]
+        if len(image) < size:
+            lost.append(manifest.key(index))
+            continue
+        if zlib.crc32(image) != int(manifest.crc32[index]):
+            lost.append(manifest.key(index))
+            details.append(f"image {lost[-1]!r} (bytes {offset} to {offset + size}) fails its CRC-32")
+            continue
+        try:
+            tarfile.TarInfo.frombuf(bytes(data[offset - 512 : offset]), "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            details.append(
+                f"the tar header of {manifest.key(index)!r} at byte {offset - 512} is damaged (paml reads "
+                "past it, stock WebDataset drops what follows)"
+            )
+    if not lost and not details:
+        details.append("all images are whole by CRC-32: the damage lies between them")
+    shown = details[:_NAMED] + ([f"{len(details) - _NAMED} more"] if len(details) > _NAMED else [])
+    return ShardFault(
+        manifest.shard_path(shard),
+        ": ".join([problem, "; ".join(shown)] if shown else [problem]),
+        manifest.shards[shard].count,
+        tuple(lost),
+    )
