@@ -79,13 +79,9 @@ def _botocore_error(error: Exception, doing: str, path: str) -> OSError:
                 errno.EACCES,
                 f"cannot {doing} {path!r}: permission denied ({code}): check the AWS keys and the bucket's policy",
             )
-        return StorageError(
-            errno.EIO, f"cannot {doing} {path!r}: S3 answered {code}: {detail.get('Message', '')}"
-        )
+        return StorageError(errno.EIO, f"cannot {doing} {path!r}: S3 answered {code}: {detail.get('Message', '')}")
     if isinstance(error, exceptions.NoCredentialsError):
-        return StorageError(
-            errno.EACCES, f"cannot {doing} {path!r}: no AWS keys: set AWS_ACCESS_KEY_ID and its secret"
-        )
+        return StorageError(errno.EACCES, f"cannot {doing} {path!r}: no AWS keys: set AWS_ACCESS_KEY_ID and its secret")
     return StorageError(
         errno.EIO, f"cannot {doing} {path!r}: {error}: check the network and AWS_ENDPOINT_URL, then try again"
     )
@@ -113,9 +109,7 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 def join(root: str | os.PathLike[str], *parts: str) -> str:
     """`root` and `parts` with one slash between; an absolute part is refused, since it would leave the root."""
     if any(part.startswith("/") or is_remote(part) for part in parts):
-        raise StorageError(
-            errno.EINVAL, f"cannot join {parts!r} to {os.fspath(root)!r}: a part must be relative"
-        )
+        raise StorageError(errno.EINVAL, f"cannot join {parts!r} to {os.fspath(root)!r}: a part must be relative")
     named = [part.strip("/") for part in parts if part.strip("/")]
     base = os.fspath(root)
     if is_remote(base):
@@ -211,9 +205,7 @@ def read_bytes(path: str) -> bytes:
 def read_range(path: str, offset: int, size: int) -> bytes:
     """`size` bytes from `offset` (both in bytes). Raises StorageError where the file ends before."""
     if offset < 0 or size < 0:
-        raise StorageError(
-            errno.EINVAL, f"cannot read {path!r} at {offset} for {size} bytes: both must be >= 0"
-        )
+        raise StorageError(errno.EINVAL, f"cannot read {path!r} at {offset} for {size} bytes: both must be >= 0")
     if size == 0:
         return b""
     if is_remote(path):
@@ -290,7 +282,7 @@ def replacing(path: str, *, if_absent: bool = False) -> Iterator[str]:
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{uuid.uuid4().hex}{_TEMPORARY}")
     with _clear_errors("write", path):
-        os.makedirs(folder, exist_ok=True)
+        _make_folder(folder)
         _check_name(folder, name)
         try:
             yield temporary
@@ -307,6 +299,13 @@ def replacing(path: str, *, if_absent: bool = False) -> Iterator[str]:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
         _check_size(path, size)
+
+
+def _make_folder(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, "a file has this name", folder) from error
 
 
 def _check_name(folder: str, name: str) -> None:
@@ -340,9 +339,7 @@ def upload(local: str, path: str, *, if_absent: bool = False) -> None:
         else:
             from boto3.s3.transfer import TransferConfig
 
-            transfer = TransferConfig(
-                multipart_threshold=_MULTIPART_BYTES, multipart_chunksize=_MULTIPART_BYTES
-            )
+            transfer = TransferConfig(multipart_threshold=_MULTIPART_BYTES, multipart_chunksize=_MULTIPART_BYTES)
             _client().upload_file(local, bucket, key, Config=transfer)
     _check_size(path, size)
 
@@ -372,9 +369,7 @@ def local_copy(path: str) -> str:
     with _clear_s3_errors("read", path):
         head = _client().head_object(Bucket=bucket, Key=key)
     mark = f"{_endpoint()} {path} {head['ETag']} {head['ContentLength']}"
-    cached = os.path.join(
-        cache_folder(), hashlib.sha256(mark.encode()).hexdigest()[:32] + "-" + path.split("/")[-1]
-    )
+    cached = os.path.join(cache_folder(), hashlib.sha256(mark.encode()).hexdigest()[:32] + "-" + path.split("/")[-1])
     if not exists(cached):
         copy_to_local(path, cached)
     return cached
@@ -411,9 +406,7 @@ def list_files(folder: str) -> list[str]:
     with _clear_errors("list", folder):
         for where, _, files in os.walk(folder, onerror=_raise_unless_missing):
             base = os.path.relpath(where, folder)
-            names += [
-                name if base == "." else f"{base}/{name}" for name in files if not name.endswith(_TEMPORARY)
-            ]
+            names += [name if base == "." else f"{base}/{name}" for name in files if not name.endswith(_TEMPORARY)]
     return sorted(name.replace(os.sep, "/") for name in names)
 
 
@@ -438,9 +431,7 @@ def delete_folder(folder: str) -> None:
     if is_remote(folder):
         bucket, prefix = _bucket_and_key(folder.rstrip("/"))
         if not prefix:
-            raise StorageError(
-                errno.EINVAL, f"will not delete the whole bucket {folder!r}: name a folder in it"
-            )
+            raise StorageError(errno.EINVAL, f"will not delete the whole bucket {folder!r}: name a folder in it")
         names = list_files(folder)
         with _clear_s3_errors("delete", folder):
             for start in range(0, len(names), _PAGE_KEYS):

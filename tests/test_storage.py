@@ -235,7 +235,9 @@ def test_permission_denied(tmp_path) -> None:
     folder.chmod(0o500)
     try:
         with as_an_ordinary_user():
-            with pytest.raises(StorageError, match=r"closed.* is not writable: permission denied: choose a folder") as e:
+            with pytest.raises(
+                StorageError, match=r"closed.* is not writable: permission denied: choose a folder"
+            ) as e:
                 storage.ensure_writable(str(folder))
             assert e.value.errno == errno.EACCES
             with pytest.raises(StorageError, match="permission denied"):

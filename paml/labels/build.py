@@ -7,6 +7,7 @@ and written to the rejects file beside it.
 
 import contextlib
 import csv
+import io
 import os
 import tempfile
 import threading
@@ -78,9 +79,7 @@ class LabelSettings:
         if self.image_ids not in ("auto", "hex"):
             raise LabelError(f"labels.image_ids is {self.image_ids!r}, allowed are auto and hex")
         if self.memory_limit_mb < 64:
-            raise LabelError(
-                f"labels.memory_limit_mb is {self.memory_limit_mb}, allowed is 64 or more: set 512"
-            )
+            raise LabelError(f"labels.memory_limit_mb is {self.memory_limit_mb}, allowed is 64 or more: set 512")
         if self.threads < 0:
             raise LabelError(f"labels.threads is {self.threads}, allowed is 0 (all cores) or more: set 0")
 
@@ -132,15 +131,11 @@ class LabelReport:
             lines.append(f"{self.conflicting_pairs:,} contradicting pairs: {CONFLICT_RULES[self.conflict]}")
         if self.unknown_classes:
             first = ", ".join(f"{mid} ({count:,})" for mid, count in self.unknown_classes[:5])
-            lines.append(
-                f"{len(self.unknown_classes):,} classes are not in the class list, most often {first}"
-            )
+            lines.append(f"{len(self.unknown_classes):,} classes are not in the class list, most often {first}")
         if self.unnamed_classes:
             lines.append(f"{self.unnamed_classes:,} classes have no description and are named by their MIDs")
         if self.first_text_key is not None:
-            lines.append(
-                f"keys are stored as text, since {self.first_text_key!r} is not 16 lower-case hex digits"
-            )
+            lines.append(f"keys are stored as text, since {self.first_text_key!r} is not 16 lower-case hex digits")
         if any(self.rejected.values()):
             lines.append(f"the rejected rows are in {self.rejects_path}")
         return "\n".join(lines)
@@ -183,9 +178,7 @@ def build_label_table(
         raise LabelError("there are no annotation files: name at least one")
     if len(set(paths)) != len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
-        raise LabelError(
-            f"annotation file {twice!r} is named twice: all its rows would be duplicates, name it once"
-        )
+        raise LabelError(f"annotation file {twice!r} is named twice: all its rows would be duplicates, name it once")
     mids = read_classes(classes)
     names, unnamed = _names_of(mids, descriptions)
     local = {path: storage.local_copy(path) for path in paths}
@@ -254,9 +247,7 @@ def read_classes(path: str) -> list[str]:
     """
     mids = [row[0] for row in _csv_rows(path)]
     if not mids:
-        raise LabelError(
-            f"class list {path!r} is empty: it holds one MID a line, as classes-trainable.txt does"
-        )
+        raise LabelError(f"class list {path!r} is empty: it holds one MID a line, as classes-trainable.txt does")
     try:
         check_classes(mids, mids)
     except LabelError as error:
@@ -283,11 +274,9 @@ def _csv_rows(path: str) -> list[list[str]]:
     try:
         text = storage.read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise LabelError(
-            f"{path!r} is not UTF-8 text ({error}): convert it, or name the right file"
-        ) from None
-    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines())]
-    rows = [row for row in rows if row and row[0]]
+        raise LabelError(f"{path!r} is not UTF-8 text ({error}): convert it, or name the right file") from None
+    rows = [[row[0].strip(), *row[1:]] for row in csv.reader(io.StringIO(text, newline="")) if row]
+    rows = [row for row in rows if row[0]]
     return rows[1:] if rows and rows[0][0] == "LabelName" else rows
 
 
@@ -346,9 +335,7 @@ def _parser(mids: Sequence[str], settings: LabelSettings) -> Iterator[Any]:
         }
         connection = duckdb.connect(config=config)
         try:
-            connection.register(
-                "mids", pa.table({"mid": list(mids), "number": pa.array(range(len(mids)), pa.int32())})
-            )
+            connection.register("mids", pa.table({"mid": list(mids), "number": pa.array(range(len(mids)), pa.int32())}))
             connection.execute("CREATE TYPE mid AS ENUM (SELECT mid FROM mids ORDER BY number)")
             yield connection
         except duckdb.OutOfMemoryException as error:
@@ -477,9 +464,7 @@ class _Collected:
             self._values = []
             stored: Callable[[np.ndarray], pa.Array] = pa.array
         else:
-            coded = pa.concat_arrays(
-                [text.cast(pa.large_string()) for text in self._texts]
-            ).dictionary_encode()
+            coded = pa.concat_arrays([text.cast(pa.large_string()) for text in self._texts]).dictionary_encode()
             self._texts = []
             order = pc.call_function("array_sort_indices", [coded.dictionary]).to_numpy().astype(np.int64)
             rank = np.empty(len(order), np.uint64)
@@ -531,9 +516,7 @@ def _settle(
         )
     offsets = np.zeros(len(unique) + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
-    return _Settled(
-        unique, offsets, settled, (rejected[0], rejected[1]), (rejected[2], rejected[3]), len(conflicting)
-    )
+    return _Settled(unique, offsets, settled, (rejected[0], rejected[1]), (rejected[2], rejected[3]), len(conflicting))
 
 
 def _settle_piece(keys: np.ndarray, codes: np.ndarray, conflict: str) -> tuple[np.ndarray, ...]:
@@ -608,9 +591,7 @@ class _Rejects:
             if kind == "unknown_class":
                 for entry in part.column("label").value_counts().to_pylist():
                     self.unknown[entry["values"]] += entry["counts"]
-            self.example.setdefault(
-                kind, str([part.column(name)[0].as_py() for name in ("label", "confidence")])
-            )
+            self.example.setdefault(kind, str([part.column(name)[0].as_py() for name in ("label", "confidence")]))
             texts = {
                 "ImageID": part.column("key"),
                 "Source": part.column("source"),
@@ -635,8 +616,7 @@ class _Rejects:
             return
         lines = lines.combine_chunks()
         text = [
-            f"{r.as_py()}: {(t.as_py() or '').strip()}"
-            for r, t in zip(lines["reason"], lines["text"], strict=True)
+            f"{r.as_py()}: {(t.as_py() or '').strip()}" for r, t in zip(lines["reason"], lines["text"], strict=True)
         ]
         self._write(
             "malformed_row",
@@ -714,9 +694,7 @@ def _nothing_usable(paths: Sequence[str], classes: str, mids: Sequence[str], rej
     files = ", ".join(repr(path) for path in paths[:3])
     if not rejects.before_labels:
         return f"no usable row in {files}: there is a header but no row below it: fetch the file again"
-    counts = ", ".join(
-        f"{kind.replace('_', ' ')} {count:,}" for kind, count in rejects.counts.items() if count
-    )
+    counts = ", ".join(f"{kind.replace('_', ' ')} {count:,}" for kind, count in rejects.counts.items() if count)
     message = f"no usable row in {files}: {rejects.before_labels:,} rows read, all rejected ({counts}). "
     if rejects.counts["unknown_class"] == rejects.counts.total():
         first = rejects.unknown.most_common(1)[0][0]

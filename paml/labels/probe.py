@@ -15,9 +15,7 @@ from paml.labels.table import LabelTable, Triples
 def is_probe(key_hashes: np.ndarray, cls: np.ndarray, share: float, seed: int) -> np.ndarray:
     """bool[m]: which pairs are hidden. key_hashes uint64[m] (`LabelTable.key_hashes`), cls int[m], share in [0, 1]."""
     if not 0 <= share <= 1:
-        raise LabelError(
-            f"the probe's share is {share}, allowed is 0 to 1: set 0.01 for one label in a hundred"
-        )
+        raise LabelError(f"the probe's share is {share}, allowed is 0 to 1: set 0.01 for one label in a hundred")
     # The constant keeps these draws apart from those of the single-positive protocol at the same seed.
     return below_share(hash_pairs(key_hashes, cls, seed ^ 0x70726F6265), share)
 

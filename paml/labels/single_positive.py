@@ -30,9 +30,7 @@ def single_positive(full: np.ndarray, seed: int = 1200) -> np.ndarray:
     return observed
 
 
-def observe_single_positive(
-    table_full: LabelTable, out: str, seed: int = 1200, protocol: str = "hash"
-) -> LabelTable:
+def observe_single_positive(table_full: LabelTable, out: str, seed: int = 1200, protocol: str = "hash") -> LabelTable:
     """Write the table in which each image of `table_full` shows one of its positives and nothing else; open it.
 
     protocol `hash`: the positive is a pure function of (seed, key, MID), whatever other images the table holds, in

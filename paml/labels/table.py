@@ -170,9 +170,7 @@ class LabelTable:
     def _checked(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
         chosen = np.asarray(rows, dtype=np.int64)
         if chosen.ndim != 1:
-            raise LabelError(
-                f"rows have shape {chosen.shape}, allowed is one axis: pass a flat array of row numbers"
-            )
+            raise LabelError(f"rows have shape {chosen.shape}, allowed is one axis: pass a flat array of row numbers")
         if len(chosen) and (chosen.min() < 0 or chosen.max() >= self.num_images):
             bad = chosen[(chosen < 0) | (chosen >= self.num_images)][0]
             raise LabelError(
@@ -251,9 +249,7 @@ def _pairs_of_hex() -> np.ndarray:
     """uint16[65536]: the byte that two hex digits write, 256 where they are not lower-case hex digits."""
     nibble = np.full(256, 256, np.uint16)
     nibble[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
-    low, high = np.meshgrid(
-        nibble, nibble, indexing="ij"
-    )  # the first digit is the low byte of a little-endian pair
+    low, high = np.meshgrid(nibble, nibble, indexing="ij")  # the first digit is the low byte of a little-endian pair
     pairs = np.where((low < 256) & (high < 256), low * 16 + high, 256)
     return pairs.T.reshape(-1).astype(np.uint16)
 
@@ -268,9 +264,7 @@ def hex_to_uint64(keys: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(0, np.uint64), np.zeros(0, bool)
     _, offset_buffer, data_buffer = keys.buffers()
     offset_type = np.int64 if pa.types.is_large_string(keys.type) else np.int32
-    offsets = np.frombuffer(
-        offset_buffer, offset_type, count + 1, keys.offset * np.dtype(offset_type).itemsize
-    )
+    offsets = np.frombuffer(offset_buffer, offset_type, count + 1, keys.offset * np.dtype(offset_type).itemsize)
     text = np.frombuffer(data_buffer, np.uint8) if data_buffer is not None else np.zeros(0, np.uint8)
     valid = np.diff(offsets) == 16
     if keys.null_count:
@@ -293,18 +287,14 @@ def uint64_to_hex(values: np.ndarray) -> pa.Array:
     digits = np.frombuffer(b"0123456789abcdef", np.uint8)
     text = np.stack([digits[pairs >> 4], digits[pairs & 15]], axis=2)
     offsets = np.arange(len(values) + 1, dtype=np.int32) * 16
-    return pa.Array.from_buffers(
-        pa.string(), len(values), [None, pa.py_buffer(offsets), pa.py_buffer(text.tobytes())]
-    )
+    return pa.Array.from_buffers(pa.string(), len(values), [None, pa.py_buffer(offsets), pa.py_buffer(text.tobytes())])
 
 
 def _digest(
     classes: Sequence[str], names: Sequence[str], keys: pa.Array, offsets: np.ndarray, codes: np.ndarray
 ) -> str:
     """SHA-256 of what the table says, whatever made it: equal labels have equal digests."""
-    digest = hashlib.sha256(
-        json.dumps([list(classes), list(names), str(keys.type), str(codes.dtype)]).encode()
-    )
+    digest = hashlib.sha256(json.dumps([list(classes), list(names), str(keys.type), str(codes.dtype)]).encode())
     for buffer in keys.buffers()[1:]:
         if buffer is not None:
             digest.update(buffer)
@@ -347,9 +337,7 @@ def write_table(
     """
     check_classes(classes, names)
     if len(codes) > _MAX_ANNOTATIONS:
-        raise LabelError(
-            f"{len(codes):,} labels, a table holds at most {_MAX_ANNOTATIONS:,}: split the images in two"
-        )
+        raise LabelError(f"{len(codes):,} labels, a table holds at most {_MAX_ANNOTATIONS:,}: split the images in two")
     codes = codes.astype(code_type(len(classes)), copy=False)
     offsets = offsets.astype(np.int32, copy=False)
     about = {
@@ -380,9 +368,7 @@ def write_table(
 def sorted_keys(keys: Sequence[str] | pa.Array) -> tuple[pa.Array, np.ndarray]:
     """(stored keys ascending, int64[n] order): the key column of a table of these images. Raises for repeats."""
     strings = as_strings(keys)
-    if strings.null_count or (
-        len(strings) and pc.call_function("binary_length", [strings]).to_numpy().min() == 0
-    ):
+    if strings.null_count or (len(strings) and pc.call_function("binary_length", [strings]).to_numpy().min() == 0):
         raise LabelError("a key is empty: every image needs a key of one character or more")
     values, valid = hex_to_uint64(strings)
     if valid.all():
@@ -467,6 +453,4 @@ def select_images(table: LabelTable, keys: Sequence[str] | pa.Array, out: str) -
             "keep those for which rows_of gives 0 or more"
         )
     triples = table.lookup(rows)
-    return table_from_triples(
-        keys, table.classes, table.names, *triples, out, metadata={"selected_from": table.digest}
-    )
+    return table_from_triples(keys, table.classes, table.names, *triples, out, metadata={"selected_from": table.digest})
