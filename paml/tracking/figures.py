@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from paml import storage
 from paml.tracking.journal import Event
 
-_REJECTED, _TRUE, _LINE, _SECOND_LINE = "#9ecae1", "#08519c", "#d94801", "#7f2704"
+_REJECTED, _TRUE, _LINE, _SECOND_LINE = "#9ecae1", "#08519c", "#d94801", "#e6a800"
 
 
 def rejection_history(events: Iterable[Event]) -> list[dict[str, float]]:
@@ -47,6 +47,7 @@ def rejected_by_epoch_figure(history: Sequence[Mapping[str, float]], path: str) 
     counts.bar(epochs, column("rejected") or [0.0] * len(epochs), 0.8, color=_REJECTED, label="rejected")
     if true:
         counts.bar(epochs, true, 0.8, color=_TRUE, label="of them truly positive")
+    counts.set_xlim(min(epochs) - 0.6, max(epochs) + 0.6)
     counts.set_xlabel("epoch")
     counts.set_ylabel("labels")
     counts.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -67,7 +68,7 @@ def rejected_by_epoch_figure(history: Sequence[Mapping[str, float]], path: str) 
     if drawn:
         shares = counts.twinx()
         for values, _, label, colour, style in drawn:
-            shares.plot(epochs, values, style, color=colour, marker="o", markersize=4, label=label)
+            shares.plot(epochs, values, style, color=colour, marker="o", mec="white", markersize=6, label=label)
         shares.set_ylim(0, max(1.0, *(value for values, *_ in drawn for value in values if value == value)))
         shares.yaxis.set_major_formatter(PercentFormatter(1.0))
         for side in ("top", "left", "right"):

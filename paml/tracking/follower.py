@@ -17,6 +17,7 @@ from paml.tracking.journal import (
     JournalError,
     JournalReader,
     describe_unreadable,
+    latest,
 )
 from paml.tracking.view import MlflowView, default_tracking_uri, reason
 
@@ -93,10 +94,10 @@ class MlflowFollower:
     def _count_left(self) -> int:
         if self._view is None or self._view.run_id is None:
             try:
-                return len(JournalReader(self.run_folder).poll())
+                return len(latest(JournalReader(self.run_folder).poll()))
             except OSError:
-                return len(self._pending)
-        return len(self._pending)
+                return len(latest(self._pending))
+        return len(latest(self._pending))
 
     def _follow(self) -> None:
         reader = JournalReader(self.run_folder)

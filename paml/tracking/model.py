@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ def save_model(
     """Writes the MLflow model of `final_model` to a local folder, which must not exist."""
     import numpy as np
 
-    with own_calls(5), tempfile.TemporaryDirectory() as temporary:
+    with own_calls(5), warnings.catch_warnings(), tempfile.TemporaryDirectory() as temporary:
+        # Advice to give an input example; the signature below says what it would.
+        warnings.simplefilter("ignore", UserWarning)
         import mlflow.pyfunc
         from mlflow.models import ModelSignature
         from mlflow.types.schema import Schema, TensorSpec
@@ -68,8 +71,8 @@ def save_model(
             artifacts={"model": str(content)},
             code_paths=[str(package)],
             signature=ModelSignature(
-                Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3), "images")]),
-                Schema([TensorSpec(np.dtype(np.float32), (-1, num_classes), "scores")]),
+                Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
+                Schema([TensorSpec(np.dtype(np.float32), (-1, num_classes))]),
             ),
             pip_requirements=list(requirements) if requirements is not None else installed_requirements(),
         )

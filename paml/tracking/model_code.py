@@ -1,7 +1,10 @@
 """Code file of a logged model: MLflow runs it instead of unpickling an object."""
 
+from typing import Any
+
+import numpy as np
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 
 
 class ImageClassifier(PythonModel):
@@ -12,7 +15,7 @@ class ImageClassifier(PythonModel):
 
         self.scores = load_for_inference(context.artifacts["model"])
 
-    def predict(self, context, model_input, params=None):
+    def predict(self, context, model_input: np.ndarray, params=None) -> Any:
         return self.scores(model_input)
 
 

@@ -175,6 +175,7 @@ def test_a_second_follower_goes_on_where_a_killed_one_stopped(run_folder, server
     assert differences(run_folder, server.uri) == []
 
 
+@pytest.mark.slow
 def test_replies_that_are_lost_double_nothing(run_folder, server, tmp_path):
     with losing_proxy(server.port, seed=5) as (uri, lost):
         lines = []
