@@ -64,7 +64,8 @@ def partial_label_loss(
     slots in the global batch of `batch_size` images. world: the workers that share the batch, None for one alone; all
     of them must call, also with B = 0.
 
-    The loss is NaN if any logit is NaN or +inf, rejected or not: the caller stops on a loss that is not finite.
+    The loss is not finite if any logit is NaN, rejected or not, or infinite against its label (a +inf that LL-Ct or
+    LL-Cp corrects is not): the caller stops on a loss that is not finite.
     Raises TypeError for logits that are not float32, ValueError for shapes or slots that do not fit.
     """
     loss = LOSSES[settings.name]
@@ -132,9 +133,7 @@ def _on_one_cpu(
     return LossOutput(_sparse(loss, logits_BK, positive, rejected, divisor), rejected_BK)
 
 
-def _sparse(
-    loss: Loss, logits_BK: Tensor, positive: np.ndarray, rejected: np.ndarray, divisor: float
-) -> Tensor:
+def _sparse(loss: Loss, logits_BK: Tensor, positive: np.ndarray, rejected: np.ndarray, divisor: float) -> Tensor:
     left_out = rejected if loss.rejected == LEFT_OUT else np.empty(0, np.int64)
     if loss.rejected == AS_POSITIVE and len(rejected):
         positive = np.sort(np.concatenate([positive, rejected]))

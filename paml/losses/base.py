@@ -68,9 +68,7 @@ def sign_of_labels(loss: Loss, state_BK: Tensor, rejected_BK: Tensor | None) -> 
     return sign_BK
 
 
-def per_label_loss(
-    loss: Loss, logits_BK: Tensor, state_BK: Tensor, rejected_BK: Tensor | None = None
-) -> Tensor:
+def per_label_loss(loss: Loss, logits_BK: Tensor, state_BK: Tensor, rejected_BK: Tensor | None = None) -> Tensor:
     """The cost of every label, [B, K], of the logits' type: the readable form that the fast path must equal.
 
     A logit that is NaN or +inf gives NaN even where the label is left out, so that no fault hides in a rejected label.

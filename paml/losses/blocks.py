@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -34,7 +35,7 @@ def in_blocks(work: Callable[[int, int], Result], length: int) -> list[Result]:
     def several(first: int, last: int) -> list[Result]:
         return [work(start, end) for start, end in ranges[first:last]]
 
-    others = [_pools[key].submit(several, a, b) for a, b in zip(cuts[1:-1], cuts[2:], strict=True)]
+    others = [_pools[key].submit(several, a, b) for a, b in pairwise(cuts[1:])]
     results = several(0, cuts[1])
     for other in others:
         results += other.result()
@@ -44,10 +45,11 @@ def in_blocks(work: Callable[[int, int], Result], length: int) -> list[Result]:
 def true_places(mask: np.ndarray) -> np.ndarray:
     """`np.flatnonzero` of a one-dimensional, contiguous bool array, faster where few are true: by words of eight."""
     n = len(mask) // 8 * 8
-    if n == 0:
+    if n < 4096:
         return np.flatnonzero(mask)
-    words = np.flatnonzero(mask[:n].view(np.uint64))
+    words = np.flatnonzero(mask[:n].view(np.uint64) != 0)
     if len(words) * 4 > n // 8:
         return np.flatnonzero(mask)
-    word, byte = mask[:n].reshape(-1, 8)[words].nonzero()
-    return np.concatenate([words[word] * 8 + byte, np.flatnonzero(mask[n:]) + n])
+    places = np.flatnonzero(mask[:n].reshape(-1, 8)[words])
+    places = words[places >> 3] * 8 + (places & 7)
+    return places if n == len(mask) else np.concatenate([places, np.flatnonzero(mask[n:]) + n])

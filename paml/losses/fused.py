@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from paml.losses.blocks import in_blocks
@@ -28,17 +27,18 @@ class SparseSignedLoss(torch.autograd.Function):
     def forward(ctx: Any, logits_BK: Tensor, positive: np.ndarray, left_out: np.ndarray, divisor: float) -> Tensor:
         ctx.save_for_backward(logits_BK)
         ctx.labels, ctx.divisor = (positive, left_out), divisor
-        total, ctx.slope = cost_and_slope(logits_BK.detach(), positive, left_out, ctx.needs_input_grad[0])
+        total, ctx.slope = cost_and_slope(logits_BK.detach(), positive, left_out)
         return torch.tensor(total / divisor, dtype=torch.float32)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         # The slope of the forward pass is scaled in place and given away; a second backward computes it again.
         slope, ctx.slope = ctx.slope, None
         if slope is None:
             (logits_BK,) = ctx.saved_tensors
-            _, slope = cost_and_slope(logits_BK.detach(), *ctx.labels, True)
+            positive, left_out = ctx.labels
+            _, slope = cost_and_slope(logits_BK.detach(), positive, left_out)
         return slope.mul_(float(grads[0]) / ctx.divisor), None, None, None
 
 
@@ -54,47 +54,51 @@ class DenseSignedLoss(torch.autograd.Function):
         return (softplus(z_BK).sum(1).sum(0, dtype=torch.float64) / divisor).to(torch.float32)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         z_BK, sign_BK = ctx.saved_tensors
         return torch.sigmoid(z_BK) * (sign_BK * (grads[0] / ctx.divisor)), None, None
 
 
-def cost_and_slope(
-    logits_BK: Tensor, positive: np.ndarray, left_out: np.ndarray, with_slope: bool
-) -> tuple[float, Tensor | None]:
-    """The sum of all labels' costs, and sign * sigmoid(z) [B, K] where asked for, of float32 logits on the CPU."""
+def refuse_second_derivatives() -> None:
+    """Raise where a graph of the gradient is asked for; it would be wrong in silence."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused loss has no second derivatives (create_graph=True): use paml.losses.per_label_loss"
+        )
+
+
+def cost_and_slope(logits_BK: Tensor, positive: np.ndarray, left_out: np.ndarray) -> tuple[float, Tensor]:
+    """The sum of all labels' costs, and sign * sigmoid(z) [B, K], of float32 logits on the CPU."""
     x = logits_BK.contiguous().numpy().reshape(-1)
-    slope_BK = torch.empty(logits_BK.shape, dtype=torch.float32) if with_slope else None
-    slope = slope_BK.numpy().reshape(-1) if slope_BK is not None else None
+    slope_BK = torch.empty(logits_BK.shape, dtype=torch.float32)
+    slope = slope_BK.numpy().reshape(-1)
 
     def block(start: int, end: int) -> float:
         z = x[start:end].copy()
         ours = positive[np.searchsorted(positive, start) : np.searchsorted(positive, end)] - start
         out = left_out[np.searchsorted(left_out, start) : np.searchsorted(left_out, end)] - start
         z[ours] *= np.float32(-1)
-        z[out] -= np.float32(np.inf)
-        part = slope[start:end] if slope is not None else None
+        with np.errstate(invalid="ignore"):
+            z[out] -= np.float32(np.inf)
+        part = slope[start:end]
         total = softplus_and_sigmoid(z, part)
-        if part is not None:
-            part[ours] *= np.float32(-1)
+        part[ours] *= np.float32(-1)
         return total
 
     return sum(in_blocks(block, len(x))), slope_BK
 
 
-def softplus_and_sigmoid(z: np.ndarray, sigmoid: np.ndarray | None) -> float:
+def softplus_and_sigmoid(z: np.ndarray, sigmoid: np.ndarray) -> float:
     """The sum of log(1 + exp(z)), stable for every z; sigmoid(z) is written into `sigmoid`. Overwrites z."""
     if len(z) == 0:
         return 0.0
     total = 0.0
     if z.max() <= LARGE:
         e = np.exp(z, out=z)
-        if sigmoid is not None:
-            np.divide(e, np.add(e, np.float32(1), out=sigmoid), out=sigmoid)
+        np.divide(e, np.add(e, np.float32(1), out=sigmoid), out=sigmoid)
     else:
-        if sigmoid is not None:
-            torch.sigmoid(torch.from_numpy(z), out=torch.from_numpy(sigmoid))
+        torch.sigmoid(torch.from_numpy(z), out=torch.from_numpy(sigmoid))
         total = float(np.maximum(z, np.float32(0)).sum())
         e = np.exp(np.copysign(z, np.float32(-1), out=z), out=z)
     # (1 + a)(1 + b) - 1 = a + b + ab: three rounds leave an eighth of the logarithms, with no loss of small terms.

@@ -1,4 +1,4 @@
-"""LL-Cp, permanent correction (Kim et al., CVPR 2022): the rejected labels are positives from now on. Mean over B x K."""
+"""LL-Cp, permanent correction (Kim et al., CVPR 2022): rejected labels are positives from now on. Mean over B x K."""
 
 from paml.losses.base import AS_NEGATIVE, AS_POSITIVE, Loss, constant
 

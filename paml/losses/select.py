@@ -29,7 +29,7 @@ RejectGroup = dist.ProcessGroup
 LOWEST_KEY = -(2**31)
 MAX_POOL = 2**31 - 1
 DIGITS = ((21, 11), (10, 11), (0, 10))
-SAMPLES = 4096
+SAMPLES = 16_384
 
 
 def num_pools(batch_size: int, reject_pool: int | None) -> int:
@@ -73,9 +73,9 @@ def select_rejected(
     k = ceil(rate * count), exact; count is the pool's candidates (`reject_of` unobserved) or all its entries (all).
     k never exceeds the candidates, and nothing else is ever chosen.
 
-    logits_BK: float32. candidate_BK: bool, the unobserved labels. slots_B: int64, each image's slot in the global batch,
-    0 to batch_size - 1, every slot on exactly one worker. reject_pool: consecutive slots ranked together, None for all.
-    group: the workers that share the batch, None for one worker; all of them must call, also with B = 0.
+    logits_BK: float32. candidate_BK: bool, the unobserved labels. slots_B: int64, each image's slot in the global
+    batch, 0 to batch_size - 1, every slot on exactly one worker. reject_pool: consecutive slots ranked together, None
+    for all. group: the workers that share the batch, None for one worker; all of them must call, also with B = 0.
 
     Raises TypeError for logits that are not float32, ValueError for shapes, slots or a rate that do not fit.
     """
@@ -122,7 +122,8 @@ def check_inputs(
     pool_images = min(reject_pool or batch_size, batch_size)
     if pool_images * logits_BK.shape[1] > MAX_POOL:
         raise ValueError(
-            f"a pool of {pool_images} images x {logits_BK.shape[1]} classes is above {MAX_POOL} labels: set loss.reject_pool lower"
+            f"a pool of {pool_images} images x {logits_BK.shape[1]} classes is above {MAX_POOL} labels: "
+            "set loss.reject_pool lower"
         )
     if slots_B.device.type == "cpu" and len(slots_B):
         low, high = slots_B.aminmax()
@@ -169,9 +170,12 @@ def select_by_partition(
         observed = np.flatnonzero(is_observed_BK[order])
     size = reject_pool or batch_size
     # Rows lie in the order of their slots now, so that a pool is a run of the flat logits.
-    starts = np.searchsorted(slots_B, np.arange(P + 1) * size) * K
-    lengths = np.diff(starts)
-    candidates = lengths - np.diff(np.searchsorted(observed, starts))
+    if P == 1:
+        starts = np.array([0, B * K])
+        candidates = np.array([B * K - len(observed)])
+    else:
+        starts = np.searchsorted(slots_B, np.arange(P + 1) * size) * K
+        candidates = np.diff(starts) - np.diff(np.searchsorted(observed, starts))
     if reject_of == "unobserved":
         counts = candidates
     else:
@@ -193,23 +197,23 @@ def select_by_partition(
     return rejected
 
 
-def _above_bracket(
-    flat: np.ndarray, observed: np.ndarray, starts: np.ndarray, wanted: np.ndarray
-) -> np.ndarray:
-    """Flat indices, ascending, of candidates that include the `wanted` highest of each pool: few where a sample allows."""
+def _above_bracket(flat: np.ndarray, observed: np.ndarray, starts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Flat indices, ascending, of candidates: the `wanted` highest of each pool and, where a sample helps, few more."""
     parts = []
     for start, end, k in zip(starts[:-1], starts[1:], wanted, strict=True):
         if k == 0:
             continue
         values = flat[start:end]
         n = len(values)
-        mine = observed[slice(*np.searchsorted(observed, (start, end)))] - start
+        mine = observed
+        if len(wanted) > 1:
+            mine = observed[slice(*np.searchsorted(observed, (start, end)))] - start
         kept = None
         if n > 4 * SAMPLES:
             stride = (n // SAMPLES) | 1
             sample = values[::stride]
             expected = len(sample) * k / n
-            # The observed labels in the sample only loosen the bracket, and so do NaNs, which fail the comparison below.
+            # The observed labels in the sample only loosen the bracket; so do NaNs, which fail the comparison below.
             rank = int(expected + 4 * expected**0.5 + 4 + len(sample) * len(mine) / n)
             if rank < len(sample) // 2:
                 bracket = np.partition(sample, len(sample) - rank)[len(sample) - rank]
@@ -217,7 +221,7 @@ def _above_bracket(
         if kept is None or len(kept) < k:
             kept = _without(np.arange(n), mine)
         parts.append(kept + start)
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    return np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else np.empty(0, np.int64)
 
 
 def _at_least(values: np.ndarray, bracket: np.float32) -> np.ndarray:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 from paml.errors import SettingsError
@@ -26,16 +27,19 @@ class LossSettings:
             raise SettingsError(f"loss.name is {self.name!r}; allowed are {', '.join(LOSSES)}")
         if not 0 <= self.reject_rate_step <= 1:
             raise SettingsError(
-                f"loss.reject_rate_step is {self.reject_rate_step}; it is a fraction from 0 to 1 (half a percent is 0.005)"
+                f"loss.reject_rate_step is {self.reject_rate_step}; it is a fraction from 0 to 1 "
+                "(half a percent is 0.005)"
             )
         if self.reject_of not in ("unobserved", "all"):
             raise SettingsError(f"loss.reject_of is {self.reject_of!r}; allowed are unobserved, all")
         if self.reject_pool is not None and self.reject_pool < 1:
             raise SettingsError(
-                f"loss.reject_pool is {self.reject_pool}; it is a number of images, at least 1, or null for the whole batch"
+                f"loss.reject_pool is {self.reject_pool}; it is a number of images, at least 1, "
+                "or null for the whole batch"
             )
 
 
+@lru_cache(maxsize=256)
 def reject_rate(settings: LossSettings, epoch: int) -> Fraction:
     """The exact share of a pool to reject in an epoch (counted from 1): 0 in epoch 1, never above 1."""
     if epoch < 1:

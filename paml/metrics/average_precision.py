@@ -1,8 +1,8 @@
 """Average precision over annotated (image, class) pairs, for all classes by one sort.
 
-AP of a class is the sum over its distinct scores, from high to low, of (rise of recall) x (precision), as scikit-learn's
-`average_precision_score`: pairs of equal score count together, so their order does not matter. Pairs that nobody
-annotated are no part of it.
+AP of a class is the sum over its distinct scores, from high to low, of (rise of recall) x (precision), as in
+scikit-learn's `average_precision_score`: pairs of equal score count together, so their order does not matter. Pairs
+that nobody annotated are no part of it.
 
 Axes: n pairs, K classes.
 """
@@ -70,7 +70,8 @@ def check_pairs(
     cls, score, positive = _numpy(cls), _numpy(score), _numpy(positive)
     if cls.ndim != 1 or cls.shape != score.shape or cls.shape != positive.shape:
         raise ValueError(
-            f"pairs do not fit: {cls.shape} classes, {score.shape} scores, {positive.shape} states; needed is one of each a pair"
+            f"pairs do not fit: {cls.shape} classes, {score.shape} scores, {positive.shape} states; "
+            "needed is one of each a pair"
         )
     if score.dtype != np.float32:
         raise TypeError(f"scores are {score.dtype}; float32 is needed (another type would gain or lose ties unseen)")
@@ -85,7 +86,8 @@ def check_pairs(
         bad = int(np.isnan(score).sum())
         if bad:
             raise ValueError(
-                f"{bad} of {len(score)} scores are NaN and cannot be ranked: the model has diverged, take an earlier checkpoint"
+                f"{bad} of {len(score)} scores are NaN and cannot be ranked: "
+                "the model has diverged, take an earlier checkpoint"
             )
     return cls, score, positive
 

@@ -236,7 +236,8 @@ def score_table(rows: Scores | dict[str, Scores]) -> str:
     conventions = {result.convention for result in rows.values()}
     if len(conventions) > 1:
         raise ValueError(
-            "these scores follow different conventions and cannot be compared: score all with the same `metrics` settings"
+            "these scores follow different conventions and cannot be compared: "
+            "score all with the same `metrics` settings"
         )
     columns = [f"G{g}" for g in range(1, NUM_GROUPS + 1)] if any(r.groups for r in rows.values()) else []
     header = ["", *columns, "all (mAP)", "micro AP", "classes", "pairs"]
@@ -255,7 +256,9 @@ def score_table(rows: Scores | dict[str, Scores]) -> str:
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     text = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in lines
     ]
     text.insert(1, "-" * max(len(line) for line in text))

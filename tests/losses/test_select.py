@@ -1,0 +1,194 @@
+"""The selection against a plain sort, on both of its ways."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from paml.losses import select_rejected
+from paml.losses.blocks import BLOCK, in_blocks, true_places
+from paml.losses.select import MAX_POOL, num_pools, round_up_to, select_by_histogram
+
+
+def by_sorting(x, candidate, slots, batch_size, rate, reject_of, reject_pool):
+    """The definition: in each pool the first k of the candidates in the order (logit falling, slot, class)."""
+    B, K = x.shape
+    size = reject_pool or batch_size
+    rejected = torch.zeros_like(candidate)
+    for p in range(num_pools(batch_size, reject_pool)):
+        mine = [
+            (-(float(x[b, k]) + 0.0), int(slots[b]), k, b)
+            for b in range(B)
+            for k in range(K)
+            if candidate[b, k] and int(slots[b]) // size == p
+        ]
+        count = len(mine) if reject_of == "unobserved" else min(size, batch_size - p * size) * K
+        for _, _, k, b in sorted(mine)[: math.ceil(rate * count)]:
+            rejected[b, k] = True
+    return rejected
+
+
+def on_every_way(x, candidate, slots, batch_size, rate, reject_of, reject_pool):
+    yield select_rejected(
+        x,
+        candidate,
+        slots_B=slots,
+        batch_size=batch_size,
+        rate=rate,
+        reject_of=reject_of,
+        reject_pool=reject_pool,
+    )
+    for compress in (True, False):
+        yield select_by_histogram(
+            x, candidate, slots, batch_size, rate, reject_of, reject_pool, None, compress=compress
+        )
+
+
+LOGITS = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, -80.0, 80.0, 1e-45, -1e-45, float("-inf")]),
+    st.floats(-90, 90, width=32),
+)
+RATES = st.one_of(
+    st.sampled_from([Fraction(0), Fraction(1), Fraction(1, 10), Fraction(0.1)]),
+    st.decimals(0, 1, places=17).map(Fraction),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    data=st.data(),
+    B=st.integers(1, 7),
+    K=st.integers(1, 9),
+    rate=RATES,
+    reject_of=st.sampled_from(["unobserved", "all"]),
+    reject_pool=st.sampled_from([None, 1, 2, 3, 20]),
+)
+def test_equals_plain_sort(data, B, K, rate, reject_of, reject_pool):
+    x = torch.from_numpy(data.draw(hnp.arrays(np.float32, (B, K), elements=LOGITS)))
+    candidate = torch.from_numpy(data.draw(hnp.arrays(bool, (B, K))))
+    slots = torch.tensor(data.draw(st.permutations(range(B))))
+    wanted = by_sorting(x, candidate, slots, B, rate, reject_of, reject_pool)
+    for got in on_every_way(x, candidate, slots, B, rate, reject_of, reject_pool):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("ties", ["none", "bf16", "few values", "one value", "sorted"])
+@pytest.mark.parametrize("reject_pool", [None, 16, 50])
+def test_long_pools_with_a_bracket(ties, reject_pool):
+    """Long enough for the sampled bracket; a bad sample or heavy ties must not change the set."""
+    B, K = 64, 3001
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(B, K, generator=generator) * 2 - 4
+    x = {
+        "none": x,
+        "bf16": x.bfloat16().float(),
+        "few values": x.round(),
+        "one value": torch.full_like(x, -3.0),
+        "sorted": x.flatten().sort().values.view(B, K),
+    }[ties]
+    candidate = torch.rand(B, K, generator=generator) > 0.02
+    rate = Fraction(13, 1000)
+    ways = list(on_every_way(x, candidate, torch.arange(B), B, rate, "unobserved", reject_pool))
+    size = reject_pool or B
+    for start in range(0, B, size):
+        rows = slice(start, start + size)
+        flat, allowed = x[rows].flatten(), candidate[rows].flatten()
+        order = flat.masked_fill(~allowed, -torch.inf).sort(descending=True, stable=True).indices
+        wanted = torch.zeros_like(allowed)
+        wanted[order[: math.ceil(rate * int(allowed.sum()))]] = True
+        for got in ways:
+            assert torch.equal(got[rows].flatten(), wanted)
+
+
+def test_k_is_not_of_float_arithmetic():
+    """0.01 of 40,000 is 400, not the 401 that the drift of 1 - 0.005 - 0.005 gives; and nothing but candidates goes."""
+    x, candidate = torch.zeros(8, 5000), torch.ones(8, 5000, dtype=torch.bool)
+    rate = Fraction("0.005") * 2
+    for rejected in on_every_way(x, candidate, torch.arange(8), 8, rate, "all", None):
+        assert rejected.sum() == 400
+        assert rejected.flatten()[:400].all()
+
+
+def test_k_never_exceeds_the_candidates():
+    candidate = torch.zeros(4, 10, dtype=torch.bool)
+    candidate[1, 2:5] = True
+    for rejected in on_every_way(torch.zeros(4, 10), candidate, torch.arange(4), 4, Fraction(1, 2), "all", None):
+        assert torch.equal(rejected, candidate)
+
+
+def test_signed_zeros_are_one_value():
+    x = torch.tensor([[-0.0, 0.0, -0.0, -1.0]])
+    for rejected in on_every_way(
+        x, torch.ones(1, 4, dtype=torch.bool), torch.arange(1), 1, Fraction(1, 2), "all", None
+    ):
+        assert rejected.tolist() == [[True, True, False, False]]
+
+
+def test_nan_ranks_last():
+    x = torch.tensor([[float("nan"), -5.0, -float("nan"), -float("inf")]])
+    candidate = torch.ones(1, 4, dtype=torch.bool)
+    for rejected in on_every_way(x, candidate, torch.arange(1), 1, Fraction(1, 2), "all", None):
+        assert rejected.tolist() == [[False, True, False, True]]
+
+
+@given(numerator=st.integers(0, 10**20), extra=st.integers(0, 10**20), limit=st.integers(1, 300))
+def test_round_up_to_keeps_every_k(numerator, extra, limit):
+    if numerator + extra == 0:
+        return
+    rate = Fraction(numerator, numerator + extra)
+    rounded = round_up_to(rate, limit)
+    assert rounded >= rate
+    assert rounded.denominator <= max(limit, 1)
+    assert [math.ceil(rounded * n) for n in range(limit + 1)] == [math.ceil(rate * n) for n in range(limit + 1)]
+
+
+def test_empty_shapes():
+    for B, K, batch_size in ((0, 5, 4), (3, 0, 3)):
+        x, candidate = torch.zeros(B, K), torch.zeros(B, K, dtype=torch.bool)
+        for rejected in on_every_way(x, candidate, torch.arange(B), batch_size, Fraction(1, 2), "unobserved", 2):
+            assert rejected.shape == (B, K)
+    no_labels = torch.zeros(0, 5, dtype=torch.bool)
+    rejected = select_rejected(torch.zeros(0, 5), no_labels, slots_B=torch.arange(0), batch_size=0, rate=Fraction(1, 2))
+    assert rejected.shape == (0, 5)
+
+
+def test_refusals():
+    x, candidate, slots = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.arange(2)
+    rate = Fraction(1, 2)
+    with pytest.raises(TypeError, match=r"bfloat16.*logits\.float"):
+        select_rejected(x.bfloat16(), candidate, slots_B=slots, batch_size=2, rate=rate)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        select_rejected(x, candidate[:1], slots_B=slots, batch_size=2, rate=rate)
+    with pytest.raises(ValueError, match="outside a batch of 1"):
+        select_rejected(x, candidate, slots_B=slots, batch_size=1, rate=rate)
+    with pytest.raises(ValueError, match="reject rate is 3/2"):
+        select_rejected(x, candidate, slots_B=slots, batch_size=2, rate=Fraction(3, 2))
+    with pytest.raises(ValueError, match=rf"above {MAX_POOL} labels.*reject_pool"):
+        select_rejected(x, candidate, slots_B=slots, batch_size=2**30, rate=rate)
+
+
+@settings(deadline=None)
+@given(length=st.integers(0, 20_000), share=st.sampled_from([0.0, 0.001, 0.1, 1.0]), seed=st.integers(0, 99))
+def test_true_places(length, share, seed):
+    mask = np.random.default_rng(seed).random(length) < share
+    assert np.array_equal(true_places(mask), np.flatnonzero(mask))
+
+
+def test_blocks_cover_the_array_in_order_for_any_number_of_threads():
+    length = 5 * BLOCK + 7
+    before = torch.get_num_threads()
+    try:
+        seen = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            seen.append(in_blocks(lambda start, end: (start, end), length))
+    finally:
+        torch.set_num_threads(before)
+    assert seen[0] == seen[1] == seen[2]
+    assert [end - start for start, end in seen[0]] == [BLOCK] * 5 + [7]
+    assert in_blocks(lambda start, end: 1, 0) == []
