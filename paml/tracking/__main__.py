@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 
+from paml.errors import PamlError
 from paml.tracking.follower import replay
 from paml.tracking.journal import END_STATUSES
 from paml.tracking.view import reason
@@ -32,8 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
             status=options.status,
             progress=_progress(sys.stderr.isatty()),
         )
+    except (PamlError, ValueError, OSError) as error:
+        print(f"not refilled: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
-        print(f"not refilled: {reason(error)}", file=sys.stderr)
+        # Whatever MLflow and its stores raise: what is in MLflow by now stays, and the next try goes on.
+        print(f"not refilled, MLflow is away ({reason(error)}): run this again later", file=sys.stderr)
         return 1
     print(report)
     print(f"done in {time.monotonic() - start:.1f} s")

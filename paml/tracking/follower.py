@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import threading
@@ -17,9 +18,8 @@ from paml.tracking.journal import (
     JournalError,
     JournalReader,
     describe_unreadable,
-    latest,
 )
-from paml.tracking.view import MlflowView, default_tracking_uri, reason
+from paml.tracking.view import MlflowView, default_tracking_uri, read_memory, reason
 
 _LONGEST_WAIT_S = 60.0
 _REPLAY_ATTEMPTS = 3
@@ -55,6 +55,7 @@ class MlflowFollower:
         self._stop = threading.Event()
         self._caught_up = threading.Event()
         self._pending: list[Event] = []
+        self._sent = 0
         self._view: MlflowView | None = None
         self._drain_until = float("inf")
         self._thread = threading.Thread(target=self._follow, name="mlflow-follower", daemon=True)
@@ -92,12 +93,10 @@ class MlflowFollower:
         return left
 
     def _count_left(self) -> int:
-        if self._view is None or self._view.run_id is None:
-            try:
-                return len(latest(JournalReader(self.run_folder).poll()))
-            except OSError:
-                return len(latest(self._pending))
-        return len(latest(self._pending))
+        try:
+            return len(JournalReader(self.run_folder).poll()) - self._sent
+        except OSError:
+            return len(self._pending)
 
     def _follow(self) -> None:
         reader = JournalReader(self.run_folder)
@@ -120,6 +119,7 @@ class MlflowFollower:
                     sent = len(self._pending)
                     view.push(self._pending)
                     self._pending = []
+                    self._sent += sent
                     if away:
                         self._say(f"paml: MLflow at {self.tracking_uri} is back; {sent} events sent")
                         away = False
@@ -188,13 +188,14 @@ def replay(
     """Sends to MLflow whatever of a run's journal it does not hold; nothing is doubled.
 
     `status` ends a run whose driver was killed before it could: it is written to the journal, timed by the
-    last event. The default store is the one of `MlflowFollower`, with the run's parent as storage root.
+    last event. Without `tracking_uri`: MLFLOW_TRACKING_URI, else the store that the run was last sent to, else
+    SQLite in the folder that holds the run.
 
     Raises JournalError where there is no journal or `status` contradicts it, ValueError without a store, and
     what MLflow raises where the server fails.
     """
     run_folder = str(run_folder).rstrip("/")
-    uri = tracking_uri or default_tracking_uri(run_folder.rpartition("/")[0] or ".")
+    uri = tracking_uri or _usual_uri(run_folder)
     if uri is None:
         raise ValueError(f"{run_folder} is not on a local disk: name the server by --tracking-uri")
     reader = JournalReader(run_folder)
@@ -234,6 +235,13 @@ def replay(
         unreadable=dict(reader.unreadable),
         status=status or end or "RUNNING",
     )
+
+
+def _usual_uri(run_folder: str) -> str | None:
+    used = list(read_memory(run_folder))
+    if used and not os.environ.get("MLFLOW_TRACKING_URI"):
+        return used[-1]
+    return default_tracking_uri(run_folder.rpartition("/")[0] or ".")
 
 
 def _counter(total: int, progress: Callable[[int, int], None]) -> Callable[[int], None]:

@@ -34,7 +34,11 @@ class SystemSampler:
         self._thread.join(5.0)
 
     def _run(self) -> None:
-        held = read_journal(self._journal.run_folder, unreadable={})
+        try:
+            held = read_journal(self._journal.run_folder, unreadable={})
+        except OSError:
+            # Steps that stand already then keep their first value, which costs a few samples.
+            held = []
         steps = [event.step for event in held if event.kind == "metric" and event.key.startswith("system/")]
         step = max(steps, default=-1) + 1
         sample = _sampler()

@@ -51,7 +51,7 @@ class MlflowView:
         self.experiment_id = ""
         self._request_timeout_s = request_timeout_s
         self._client: MlflowClient | None = None
-        self._memory = _read_memory(run_folder).get(tracking_uri, {})
+        self._memory = read_memory(run_folder).get(tracking_uri, {})
         self._metrics: dict[str, set[int]] = {}
         self._metric_keys: set[str] = set()
         self._params: set[str] = set()
@@ -279,7 +279,7 @@ class MlflowView:
         self._api.log_batch(self._run_id, synchronous=True, **values)
 
     def _remember(self) -> None:
-        memory = _read_memory(self.run_folder)
+        memory = read_memory(self.run_folder)
         memory[self.tracking_uri] = self._memory
         content = json.dumps(memory, indent=1).encode()
         storage.write_bytes(storage.join(self.run_folder, "mlflow.json"), content)
@@ -353,7 +353,8 @@ def _name_model(path: str, model: Any, run_id: str) -> None:
     Path(path).write_text(yaml.safe_dump(content))
 
 
-def _read_memory(run_folder: str) -> dict[str, dict[str, Any]]:
+def read_memory(run_folder: str) -> dict[str, dict[str, Any]]:
+    """What `<run>/mlflow.json` remembers, by tracking URI: the run's id there and the artifacts sent."""
     path = storage.join(run_folder, "mlflow.json")
     if not storage.exists(path):
         return {}

@@ -1,6 +1,7 @@
 """Journal and MLflow's view of it, through a real server that dies, hangs and loses replies."""
 
 import contextlib
+import functools
 import http.client
 import http.server
 import math
@@ -140,6 +141,7 @@ def test_a_server_that_never_was_there_is_refilled_by_replay_twice(run_folder, s
     assert differences(run_folder, server.uri) == []
 
 
+@pytest.mark.slow
 def test_a_second_follower_goes_on_where_a_killed_one_stopped(run_folder, server):
     journal = open_run(run_folder)
     for step in range(30):
@@ -239,7 +241,7 @@ def test_a_hung_server_costs_the_journal_nothing(run_folder):
         hung.listen(50)
         lines = []
         journal = open_run(run_folder)
-        alone = [seconds(lambda: journal.tags({"warm": "yes"})) for _ in range(50)]
+        alone = [seconds(functools.partial(journal.params, {f"warm{index}": 1})) for index in range(50)]
         before = dict(os.environ)
         follower = follow(run_folder, f"http://127.0.0.1:{hung.getsockname()[1]}", say=lines.append)
         times = []
@@ -291,6 +293,22 @@ def test_a_run_whose_driver_was_killed_is_ended_when_told_so(run_folder, server,
     assert read_journal(run_folder)[-1].time_ms == last
     assert main([run_folder, "--tracking-uri", server.uri, "--status", "FINISHED"]) == 1
     assert "ends with KILLED" in capsys.readouterr().err
+
+
+def test_the_default_is_the_store_that_the_run_was_last_sent_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    run_folder = str(tmp_path / "runs" / "one")
+    journal = open_run(run_folder)
+    follower = MlflowFollower(run_folder, storage_root=str(tmp_path), poll_s=0.1)
+    assert follower.close(60) == 0
+    end(journal)
+    assert main([run_folder]) == 0
+    assert f"sqlite:///{tmp_path}/mlflow.db" in capsys.readouterr().out
+    assert differences(run_folder, f"sqlite:///{tmp_path}/mlflow.db") == []
+    assert main([str(tmp_path / "nothing")]) == 1
+    assert "no journal in" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["mlartifacts", "mlflow.db", "mlflow.db.lock", "runs"]
 
 
 def test_what_the_server_refuses_is_named_and_the_rest_is_sent(run_folder, server):
