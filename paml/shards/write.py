@@ -26,7 +26,6 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from webdataset.writer import TarWriter
 
 from paml import storage
 from paml.errors import DataError, SettingsError
@@ -372,6 +371,8 @@ class _Job:
         except BaseException as error:
             if not isinstance(error, StorageError):
                 with contextlib.suppress(StorageError):
+                    while waiting:
+                        take()
                     spill.flush()
             raise
         finally:
@@ -411,23 +412,21 @@ class _Job:
 
     def _write_tar(self, shard: int) -> None:
         spill = self.work / f"spill-{shard:06d}.bin"
-        with contextlib.ExitStack() as stack:
-            data = memoryview(b"")
-            if spill.exists() and spill.stat().st_size:
-                file = stack.enter_context(open(spill, "rb"))
-                mapped = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-                data = stack.enter_context(memoryview(mapped))
-            try:
-                records = _sorted_unique(read_records(data))
-            except DamagedSpill as damage:
-                spill.unlink()
-                raise DamagedSpill(f"{spill}: {damage}") from damage
-            name = self._tar_name(shard)
-            if records:
-                with storage.replacing(storage.join(self.out, name)) as temporary, writing(temporary):
-                    info, offsets = _write_tar_file(temporary, name, data, records)
-            else:
-                info, offsets = ShardInfo(name, 0, 0, ""), []
+        data = memoryview(b"")
+        if spill.exists() and spill.stat().st_size:
+            with open(spill, "rb") as file:
+                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        try:
+            records = _sorted_unique(read_records(data))
+        except DamagedSpill as damage:
+            spill.unlink()
+            raise DamagedSpill(f"{spill}: {damage}") from damage
+        name = self._tar_name(shard)
+        if records:
+            with storage.replacing(storage.join(self.out, name)) as temporary, writing(temporary):
+                info, offsets = _write_tar_file(temporary, name, data, records)
+        else:
+            info, offsets = ShardInfo(name, 0, 0, ""), []
         batch = make_batch(
             keys=[r.key for r in records],
             shard=np.zeros(len(records), np.int32),
@@ -509,6 +508,8 @@ class _HashingFile:
 
 def _write_tar_file(path: str, name: str, data: memoryview, records: list[Record]) -> tuple[ShardInfo, list[int]]:
     """Write a tar file. Returns what it is and the offset of each image in it."""
+    from webdataset.writer import TarWriter  # brings in torch where that is installed: seconds
+
     offsets = []
     with open(path, "wb", buffering=1 << 20) as file:
         out = _HashingFile(file)

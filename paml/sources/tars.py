@@ -74,14 +74,27 @@ def walk_tar(file: io.BufferedIOBase, path: str) -> Iterator[Member]:
                 last = repr(info.name)
             end = tar.offset
             tar.fileobj.seek(end)
-            blocks = tar.fileobj.read(2 * _BLOCK)
+            block = tar.fileobj.read(_BLOCK)
+            clean = len(block) == _BLOCK and _all_zero(block) and _zero_to_the_end(tar.fileobj)
     except _DAMAGE as error:
         reason = str(error).split(":\n")[0]
         raise TarDamage(f"{path} is no tar file, or is cut or damaged after {last}: {reason}") from error
-    if len(blocks) < _BLOCK:
-        raise TarDamage(f"{path} is cut at byte {end + len(blocks)}, after {last}: it has no end mark")
-    if blocks.count(0) != len(blocks):
+    if len(block) < _BLOCK:
+        raise TarDamage(f"{path} is cut at byte {end + len(block)}, after {last}: it has no end mark")
+    if not clean:
         raise TarDamage(f"{path} has a damaged header at byte {end}, after {last}: what follows is lost")
+
+
+def _all_zero(data: bytes) -> bool:
+    return data.count(0) == len(data)
+
+
+def _zero_to_the_end(file: Any) -> bool:
+    """An end mark is the last thing in a sound archive; data behind it means that a header was zeroed."""
+    while data := file.read(1 << 20):
+        if not _all_zero(data):
+            return False
+    return True
 
 
 def _read(tar: tarfile.TarFile, info: tarfile.TarInfo, path: str) -> bytes:

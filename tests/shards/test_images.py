@@ -1,0 +1,129 @@
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, JpegImagePlugin
+
+from paml.shards.images import BadImage, Prepared, image_size, prepare_image
+from tests.shards.images import decoded, encoded, picture
+
+
+def prepare(data: bytes, size: int = 32, resize: str = "squash", **options: object) -> Prepared:
+    wanted = {"quality": 90, "max_pixels": 1 << 24, **options}
+    return prepare_image(data, size=size, resize=resize, **wanted)  # pyright: ignore[reportArgumentType]
+
+
+def distance(image: Image.Image, other: Image.Image) -> float:
+    """Mean absolute difference in grey levels."""
+    return float(np.abs(np.asarray(image.convert("RGB"), float) - np.asarray(other.convert("RGB"), float)).mean())
+
+
+def test_output_is_a_baseline_420_jpeg() -> None:
+    prepared = prepare(encoded(picture(1, 300, 200), progressive=True, quality=95, subsampling=0))
+    image = decoded(prepared.data)
+    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (32, 32))
+    assert "progressive" not in image.info
+    assert JpegImagePlugin.get_sampling(image) == 2
+    assert (prepared.width, prepared.height, prepared.extension) == (32, 32, "jpg")
+
+
+def test_pixels_are_those_of_pillows_antialiased_bilinear() -> None:
+    original = picture(2, 517, 389)
+    reference = original.resize((160, 160), Image.Resampling.BILINEAR)
+    by_pillow = decoded(encoded(reference, quality=90, subsampling="4:2:0"))
+    ours = decoded(prepare(encoded(original, "PNG"), 160).data)
+    assert distance(ours, reference) < 1.02 * distance(by_pillow, reference)
+    assert distance(ours, by_pillow) < 0.5
+
+
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 200), height=st.integers(1, 200), size=st.integers(16, 100))
+def test_shorter_side_keeps_the_aspect_and_never_enlarges(width: int, height: int, size: int) -> None:
+    data = encoded(Image.new("RGB", (width, height), (9, 99, 200)))
+    prepared = prepare(data, size, "shorter_side")
+    assert min(prepared.width, prepared.height) == min(size, width, height)
+    assert abs(prepared.width * height - prepared.height * width) <= max(width, height)
+    assert decoded(prepared.data).size == (prepared.width, prepared.height)
+    assert decoded(prepare(data, size).data).size == (size, size)
+
+
+@pytest.mark.parametrize(("kind", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
+def test_original_keeps_the_bytes(kind: str, extension: str) -> None:
+    data = encoded(picture(3), kind)
+    assert prepare(data, resize="original") == (data, 64, 48, extension)
+    with pytest.raises(BadImage):
+        prepare(data[: len(data) // 2], resize="original")
+
+
+def test_original_refuses_what_readers_do_not_know() -> None:
+    with pytest.raises(BadImage, match="BMP cannot be kept as it is: jpg, png and webp can"):
+        prepare(encoded(picture(3), "BMP"), resize="original")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_any_mode_becomes_rgb(mode: str) -> None:
+    original = picture(4)
+    if mode == "I;16":
+        grey = np.asarray(original.convert("L"))
+        image, expected = Image.fromarray(grey.astype(np.uint16) * 257), original.convert("L")
+    else:
+        image = expected = original.convert(mode, palette=Image.Palette.ADAPTIVE)
+    kind = {"CMYK": "JPEG", "YCbCr": "TIFF"}.get(mode, "PNG")
+    data = encoded(image, kind, **({"quality": 98} if kind == "JPEG" else {}))
+    for resize in ("squash", "shorter_side"):
+        out = decoded(prepare(data, 64, resize, quality=98).data)
+        assert out.mode == "RGB"
+        assert distance(out, expected.convert("RGB").resize(out.size, Image.Resampling.BILINEAR)) < 12
+    assert distance(decoded(prepare(data, 48, "shorter_side", quality=98).data), expected) < (30 if mode == "1" else 4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored = picture(5, 80, 40)
+    data = encoded(stored, kind, exif=exif)
+    upright = stored
+    for_viewer = {
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.ROTATE_270, Image.Transpose.FLIP_LEFT_RIGHT],
+        6: [Image.Transpose.ROTATE_270],
+        7: [Image.Transpose.ROTATE_90, Image.Transpose.FLIP_LEFT_RIGHT],
+        8: [Image.Transpose.ROTATE_90],
+    }
+    for turn in for_viewer.get(orientation, []):
+        upright = upright.transpose(turn)
+    prepared = prepare(data, 40, "shorter_side")
+    assert (prepared.width, prepared.height) == upright.size == image_size(data)
+    assert distance(decoded(prepared.data), upright) < 8
+    assert prepare(data, resize="original")[:3] == (data, *upright.size)
+
+
+def test_too_many_pixels_are_refused() -> None:
+    with pytest.raises(BadImage, match="64x48 pixels: more than max_pixels = 1,000"):
+        prepare(encoded(picture(6)), max_pixels=1000)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damaged_bytes_give_an_image_or_badimage_nothing_else(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]))
+    raw = bytearray(encoded(picture(7), kind))
+    for _ in range(data.draw(st.integers(1, 5))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(raw)))
+    try:
+        prepared, reason = prepare(bytes(raw[:cut]), 16), None
+    except BadImage as bad:
+        prepared, reason = None, str(bad)
+    if prepared is None:
+        assert reason
+        assert "\n" not in reason
+    else:
+        assert Image.open(io.BytesIO(prepared.data)).size == (16, 16)

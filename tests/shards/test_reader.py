@@ -1,0 +1,97 @@
+import pickle
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from paml.shards import CorruptSample, Manifest, ShardReader, ShardSettings, verify_shards, write_shards
+from paml.storage import StorageError, read_bytes, write_bytes
+from tests.shards.images import flip_byte, source
+
+SMALL = ShardSettings(resize="original", samples_per_shard=10)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_shards(source(60), tmp_path / "shards", SMALL)
+    return tmp_path / "shards"
+
+
+def test_gives_the_bytes_that_went_in(folder: Path) -> None:
+    manifest, images = Manifest.open(folder), dict(source(60))
+    reader = pickle.loads(pickle.dumps(ShardReader(manifest, max_open=2)))
+    with ThreadPoolExecutor(8) as pool:
+        indices = [i * 7 % 60 for i in range(300)]
+        for index, data in zip(indices, pool.map(reader.read, indices), strict=True):
+            assert bytes(data) == images[manifest.key(index)]
+
+
+def test_pickles_after_use(folder: Path) -> None:
+    reader = ShardReader(Manifest.open(folder))
+    reader.read(0)
+    assert pickle.loads(pickle.dumps(reader)).read(3) == reader.read(3)
+
+
+def test_a_flipped_bit_and_a_cut_are_found_by_the_sample(folder: Path) -> None:
+    manifest = Manifest.open(folder)
+    index = 5
+    end = int(manifest.offset[index] + manifest.size[index])
+    path = manifest.shard_path(int(manifest.shard[index]))
+    flip_byte(path, end - 1, 1)
+    reader = ShardReader(manifest)
+    with pytest.raises(CorruptSample, match=r"image '0.*shard-000000.tar: bytes \d+ to \d+ fail their CRC-32") as found:
+        reader.read(index)
+    assert (found.value.key, found.value.shard) == (manifest.key(index), path)
+    assert pickle.loads(pickle.dumps(found.value)).key == found.value.key
+    assert zlib.crc32(reader.read(index - 1)) == manifest.crc32[index - 1]
+    Path(path).write_bytes(Path(path).read_bytes()[: end - 1])
+    reader = ShardReader(manifest)
+    with pytest.raises(CorruptSample, match="the tar file ends at byte"):
+        reader.read(index)
+    Path(path).write_bytes(b"")
+    with pytest.raises(CorruptSample, match="the tar file ends at byte 0"):
+        ShardReader(manifest).read(index)
+    Path(path).unlink()
+    with pytest.raises(StorageError, match="is gone: put it back, or write the shards again"):
+        ShardReader(manifest).read(index)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    moto_server = pytest.importorskip("moto.server")
+    server = moto_server.ThreadedMotoServer(port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("PAML_CACHE", str(tmp_path / "cache"))
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket="images")
+    yield "s3://images"
+    server.stop()
+
+
+def test_shards_in_a_bucket_are_the_local_ones_and_are_checked_on_arrival(bucket: str, tmp_path: Path) -> None:
+    out = f"{bucket}/shards"
+    remote = write_shards(source(40), out, SMALL, work_folder=tmp_path / "work")
+    assert remote.digest == write_shards(source(40), tmp_path / "local", SMALL).digest
+    assert not (tmp_path / "work").exists()
+    assert verify_shards(out).ok
+    manifest, images = Manifest.open(out), dict(source(40))
+    damaged = manifest.shard_path(0)
+    data = bytearray(read_bytes(damaged))
+    data[int(manifest.offset[2]) + 9] ^= 1
+    write_bytes(damaged, bytes(data))
+    reader, lost = ShardReader(manifest, str(tmp_path / "cache")), []
+    for index in range(40):
+        try:
+            assert bytes(reader.read(index)) == images[manifest.key(index)]
+        except CorruptSample as sample:
+            lost.append(sample.key)
+    assert lost == [manifest.key(2)]
+    assert verify_shards(out).lost == (manifest.key(2),)

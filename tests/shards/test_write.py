@@ -1,0 +1,355 @@
+import csv
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from paml.errors import DataError, SettingsError
+from paml.shards import Manifest, ShardReader, ShardSettings, verify_shards, write_shards
+from paml.shards.write import member_key
+from paml.sources.folder import iter_folder
+from paml.storage import StorageError
+from tests.shards.images import decoded, encoded, flip_byte, picture, source
+
+SMALL = ShardSettings(size=32, samples_per_shard=10)
+
+
+def rejects(folder: str | Path) -> dict[str, str]:
+    with open(Path(folder) / "rejects.csv", newline="") as file:
+        return {row["key"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def tar_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+
+
+def test_bytes_do_not_depend_on_order_or_workers(tmp_path: Path) -> None:
+    images = source(60)
+    one = write_shards(images, tmp_path / "one", SMALL, workers=1)
+    shuffled = random.Random(5).sample(images, len(images))
+    many = write_shards(iter(shuffled), tmp_path / "many", SMALL, expected_count=60, workers=4)
+    assert tar_bytes(tmp_path / "one") == tar_bytes(tmp_path / "many")
+    assert one.digest == many.digest
+    assert (one.written, one.rejected, one.duplicates, one.shards) == (60, 0, 0, 6)
+    other_seed = write_shards(
+        images, tmp_path / "seed", ShardSettings(size=32, samples_per_shard=10, seed=1), workers=1
+    )
+    assert other_seed.digest != one.digest
+    assert [p for p in os.listdir(tmp_path / "one") if not p.endswith((".tar", ".arrow", ".csv"))] == []
+
+
+def test_a_stock_webdataset_reads_the_shards(tmp_path: Path) -> None:
+    images = [*source(30), ("a.b/c d", encoded(picture(99))), ("käse" * 60, encoded(picture(98)))]
+    write_shards(images, tmp_path, SMALL)
+    manifest = Manifest.open(tmp_path)
+    urls = [manifest.shard_path(i) for i in range(len(manifest.shards))]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    assert [s["__key__"] for s in samples] == [member_key(key) for key in manifest.keys().to_pylist()]
+    assert {"a%2Eb%2Fc d", "käse" * 60} <= {s["__key__"] for s in samples}
+    assert {s["jpg"].shape for s in samples} == {(32, 32, 3)}
+    reader = ShardReader(manifest)
+    for index, sample in enumerate(samples):
+        assert np.array_equal(sample["jpg"], np.asarray(decoded(reader.read(index))))
+
+
+def test_tar_members_are_fixed_and_stand_where_the_manifest_says(tmp_path: Path) -> None:
+    write_shards(source(30), tmp_path, SMALL)
+    manifest = Manifest.open(tmp_path)
+    row = 0
+    for shard, info in enumerate(manifest.shards):
+        with tarfile.open(manifest.shard_path(shard)) as tar:
+            for member in tar:
+                assert (member.mtime, member.uid, member.gid, member.uname, member.mode) == (0, 0, 0, "paml", 0o444)
+                assert (member.name, member.offset_data, member.size) == (
+                    manifest.key(row) + ".jpg",
+                    manifest.offset[row],
+                    manifest.size[row],
+                )
+                assert manifest.shard[row] == shard
+                row += 1
+        assert info.count == len(range(*manifest.rows_of_shard(shard).indices(row)))
+    assert row == manifest.num_samples == 30
+    assert set(manifest.keys().to_pylist()) == {key for key, _ in source(30)}
+
+
+def test_bad_and_missing_images_are_rejected_with_their_reason(tmp_path: Path) -> None:
+    good = encoded(picture(0, 200, 200), quality=95)
+    damaged = bytearray(good)
+    damaged[1000:3000] = bytes(2000)
+    (tmp_path / "gone").mkdir()
+    images: list[tuple[str, bytes | str]] = [
+        ("whole", good),
+        ("zero", b""),
+        ("cut", good[: len(good) // 2]),
+        ("damaged", bytes(damaged)),
+        ("text", b"not an image at all"),
+        ("absent", str(tmp_path / "absent.jpg")),
+        ("unwanted", good),
+        ("cut twice", good[:1000]),
+        ("cut twice", good[:2000]),
+        ("mended", good[:1000]),
+        ("mended", good),
+        ("whole", encoded(picture(1))),
+        ("", good),
+        ("\udcff", good),
+    ]
+    wanted = [key for key, _ in images if key not in ("unwanted", "", "\udcff")] + ["never seen"]
+    one_shard = ShardSettings(size=32)
+    report = write_shards(images, tmp_path / "out", one_shard, wanted_keys=wanted)
+    reasons = rejects(tmp_path / "out")
+    assert reasons["zero"] == "zero bytes"
+    assert "remature end" in reasons["cut"] or "truncated" in reasons["cut"]
+    assert "orrupt" in reasons["damaged"]
+    assert "not an image" in reasons["text"]
+    assert "unreadable" in reasons["absent"]
+    assert reasons["never seen"] == "wanted, but in no source"
+    assert any("empty" in reason for reason in reasons.values())
+    assert any("UTF-8" in reason for reason in reasons.values())
+    assert len(reasons) == 9
+    assert (report.written, report.rejected, report.missing, report.duplicates, report.unwanted) == (2, 9, 1, 3, 1)
+    assert "9 rejected (1 of them wanted and not found), see rejects.csv" in str(report)
+    # of two with one key the first usable one wins
+    manifest = Manifest.open(tmp_path / "out")
+    lone = write_shards([("whole", good), ("mended", good)], tmp_path / "lone", one_shard)
+    assert lone.digest == report.digest == manifest.digest
+
+
+def test_damaged_jpeg_is_kept_where_asked(tmp_path: Path) -> None:
+    damaged = bytearray(encoded(picture(0, 200, 200), quality=95))
+    damaged[1000:3000] = bytes(2000)
+    report = write_shards([("damaged", bytes(damaged))], tmp_path, ShardSettings(size=32, strict=False))
+    assert (report.written, report.rejected) == (1, 0)
+
+
+def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"not one of 1 images was usable.*rejects\.csv"):
+        write_shards([("zero", b"")], tmp_path, SMALL)
+    assert rejects(tmp_path) == {"zero": "zero bytes"}
+    with pytest.raises(SettingsError, match="0 images are expected"):
+        write_shards([], tmp_path / "empty", SMALL)
+
+
+def test_a_folder_is_written_from_its_paths(tmp_path: Path) -> None:
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    for i in range(5):
+        (tmp_path / "images" / ("sub" if i % 2 else ".") / f"{i}.png").write_bytes(encoded(picture(i), "PNG"))
+    report = write_shards(iter_folder(tmp_path / "images"), tmp_path / "out", SMALL, expected_count=5)
+    assert report.written == 5
+    assert set(Manifest.open(tmp_path / "out").keys().to_pylist()) == set("01234")
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_after(images: list[tuple[str, bytes]], count: int):
+    yield from images[:count]
+    raise Cut
+
+
+def test_a_cut_run_goes_on_without_reading_again_what_is_done(tmp_path: Path) -> None:
+    images = source(50)
+    whole = write_shards(images, tmp_path / "whole", SMALL)
+    out = tmp_path / "out"
+    with pytest.raises(Cut):
+        write_shards(cut_after(images, 30), out, SMALL, expected_count=50, workers=1)
+    # one worker has at most five images under way
+    again = [(key, str(tmp_path / "gone")) for key, _ in images[:24]] + images[24:]
+    report = write_shards(again, out, SMALL, expected_count=10_000)
+    assert (report.digest, report.written, report.rejected, report.duplicates) == (whole.digest, 50, 0, 0)
+    assert not (out / ".partial").exists()
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    after=st.integers(0, 40),
+    cuts=st.lists(st.tuples(st.sampled_from(["journal", "spill"]), st.floats(0, 1)), max_size=3),
+)
+def test_torn_intermediate_files_are_mended(
+    tmp_path_factory: pytest.TempPathFactory, after: int, cuts: list[tuple[str, float]]
+) -> None:
+    images, tmp_path = source(40, width=8, height=8), tmp_path_factory.mktemp("torn")
+    digest = write_shards(images, tmp_path / "whole", SMALL).digest
+    with pytest.raises(Cut):
+        write_shards(cut_after(images, after), tmp_path / "out", SMALL, expected_count=40)
+    for kind, share in cuts:
+        for path in (tmp_path / "out" / ".partial").glob(f"{kind}*.bin"):
+            os.truncate(path, int(share * path.stat().st_size))
+    report = write_shards(images, tmp_path / "out", SMALL)
+    assert (report.digest, report.written, report.duplicates) == (digest, 40, 0)
+
+
+def test_changed_intermediate_bytes_are_redone_never_written(tmp_path: Path) -> None:
+    images = source(40)
+    digest = write_shards(images, tmp_path / "whole", SMALL).digest
+    for name, again in (("list", images), ("iterator", iter(images))):
+        out = tmp_path / name
+        with pytest.raises(Cut):
+            write_shards(cut_after(images, 35), out, SMALL, expected_count=40)
+        spill = sorted((out / ".partial").glob("spill*.bin"))[1]
+        flip_byte(spill, spill.stat().st_size // 2)
+        if name == "iterator":
+            with pytest.raises(DataError, match=r"fails its checksum.*make the same call again"):
+                write_shards(again, out, SMALL, expected_count=40)
+            again = iter(images)
+        report = write_shards(again, out, SMALL, expected_count=40)
+        assert (report.digest, report.written, report.duplicates) == (digest, 40, 0)
+
+
+def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
+    first = write_shards(source(20), tmp_path, SMALL)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = write_shards(cut_after([], 0), tmp_path, SMALL, expected_count=20)
+    assert again.already_done
+    assert (again.digest, again.written) == (first.digest, 20)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    with pytest.raises(SettingsError, match="finished shards of other settings"):
+        write_shards(source(20), tmp_path, ShardSettings(size=48))
+
+
+def test_a_cut_run_refuses_other_settings(tmp_path: Path) -> None:
+    with pytest.raises(Cut):
+        write_shards(cut_after(source(5), 5), tmp_path, SMALL, expected_count=20)
+    with pytest.raises(SettingsError, match="cut-off run of other settings"):
+        write_shards(source(5), tmp_path, ShardSettings(size=48))
+
+
+def test_two_writers_of_one_folder_are_refused(tmp_path: Path) -> None:
+    def nested():
+        with pytest.raises(StorageError, match="another run is writing"):
+            write_shards(source(2), tmp_path, SMALL)
+        yield from source(2)
+
+    assert write_shards(nested(), tmp_path, SMALL, expected_count=2).written == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("size", 8), ("size", 448.0), ("quality", 0), ("quality", 101), ("samples_per_shard", 0), ("seed", -1)],
+)
+def test_settings_are_checked(field: str, value: object) -> None:
+    with pytest.raises(SettingsError, match=rf"shards\.{field} is {value!r}: set it to a whole number from"):
+        ShardSettings(**{field: value})  # pyright: ignore[reportArgumentType]
+
+
+def test_resize_choice_is_checked() -> None:
+    with pytest.raises(SettingsError, match="'crop': set it to squash, shorter_side or original"):
+        ShardSettings(resize="crop")  # pyright: ignore[reportArgumentType]
+
+
+def test_an_iterator_needs_a_count(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="give expected_count"):
+        write_shards(iter(source(2)), tmp_path, SMALL)
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    told = []
+    write_shards(source(20), tmp_path, SMALL, progress=lambda *what: told.append(what))
+    assert ("images", 20, 20) in told
+    assert told[-1] == ("shards", 2, 2)
+
+
+WRITER = textwrap.dedent(
+    """
+    import sys
+    from paml.shards import ShardSettings, write_shards
+    from tests.shards.images import source
+    print("ready", flush=True)
+    settings = ShardSettings(size=32, samples_per_shard=10)
+    report = write_shards(source(int(sys.argv[2]), width=256, height=256), sys.argv[1], settings, workers=2)
+    print(report.digest)
+    """
+)
+
+
+def start_writer(out: Path, count: int, before: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", before + WRITER, str(out), str(count)]
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_shards_come_out_the_same(tmp_path: Path) -> None:
+    count, rng, kills = 300, random.Random(7), 0
+    whole = start_writer(tmp_path / "whole", count)
+    digest = whole.communicate(timeout=120)[0].split()[-1]
+    for round_ in range(4):
+        out = tmp_path / f"cut{round_}"
+        for attempt in range(12):
+            writer = start_writer(out, count)
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+            if attempt < 11:
+                try:
+                    writer.wait(rng.uniform(0.1, 1.2))
+                except subprocess.TimeoutExpired:
+                    writer.send_signal(signal.SIGKILL)
+                    kills += 1
+            output, errors = writer.communicate(timeout=120)
+            if writer.returncode == 0:
+                break
+            assert writer.returncode == -signal.SIGKILL, errors
+        assert output.split()[-1] == digest
+        assert verify_shards(out).ok
+    assert kills >= 4
+
+
+def test_a_file_size_limit_gives_a_clear_error(tmp_path: Path) -> None:
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({10 << 10}, {resource.RLIM_INFINITY}))\n"
+    writer = start_writer(tmp_path / "out", 100, limit)
+    errors = writer.communicate(timeout=120)[1]
+    assert writer.returncode == 1
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("paml.storage.StorageError")
+    assert str(tmp_path / "out") in last
+    assert "choose another folder" in last
+    again = start_writer(tmp_path / "out", 100)
+    whole = start_writer(tmp_path / "whole", 100)
+    assert again.communicate(timeout=120)[0].split()[-1] == whole.communicate(timeout=120)[0].split()[-1]
+
+
+def test_a_full_disk_gives_a_clear_error_and_goes_on_once_there_is_space(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        images = source(450)
+        with pytest.raises(StorageError, match=r"cannot write .*(No space left|disk is full)"):
+            write_shards(images, disk / "out", SMALL)
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        digest = write_shards(images, disk / "out", SMALL).digest
+        assert digest == write_shards(images, tmp_path / "whole", SMALL).digest
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_an_unwritable_folder_gives_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file/out.* is not writable: .*not a folder"):
+        write_shards(source(2), tmp_path / "file" / "out", SMALL)
+    if os.getuid() != 0:
+        (tmp_path / "locked").mkdir(mode=0o555)
+        with pytest.raises(StorageError, match="is not writable: permission denied"):
+            write_shards(source(2), tmp_path / "locked", SMALL)
+
+
+def test_a_million_expected_images_cost_no_time_before_the_first(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(Cut):
+        write_shards(cut_after(source(3), 3), tmp_path, ShardSettings(size=32), expected_count=9_000_000)
+    assert time.monotonic() - started < 5
+    assert len(list((tmp_path / ".partial").glob("spill*"))) == 3
