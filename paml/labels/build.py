@@ -36,6 +36,7 @@ CONFLICT_RULES = {
 _BATCH_ROWS = 1 << 18
 _SETTLE_ROWS = 1 << 20
 _MAX_TEXT = 500
+_CONFIDENCES = pa.array(["0", "1", "0.0", "1.0"])  # the last bit of a place is the state
 _UNKNOWN, _BAD_CONFIDENCE, _BAD_ROW = -1, -2, -3
 _KIND_OF_CODE = {
     _UNKNOWN: "unknown_class",
@@ -190,9 +191,9 @@ def build_label_table(
         _Digests([*local.values(), storage.local_copy(classes)]) as digests,
     ):
         labels = _Collected(code_type(len(mids)), settings.image_ids)
-        with _parser(mids, settings) as connection:
+        with _parser(settings) as connection:
             for path in paths:
-                _parse(connection, path, local[path], quoted[path], labels, rejects, progress)
+                _parse(connection, path, local[path], quoted[path], pa.array(mids), labels, rejects, progress)
         if labels.count == 0:
             raise LabelError(_nothing_usable(paths, classes, mids, rejects))
         settled, keys = labels.settle(settings.conflict, mids)
@@ -321,8 +322,8 @@ def _header_advice(found: str) -> str:
 
 
 @contextlib.contextmanager
-def _parser(mids: Sequence[str], settings: LabelSettings) -> Iterator[Any]:
-    """A DuckDB connection in memory that knows the classes as the enum `mid`, and spills to its own folder."""
+def _parser(settings: LabelSettings) -> Iterator[Any]:
+    """A DuckDB connection in memory that spills to a folder of its own."""
     import duckdb
 
     with tempfile.TemporaryDirectory(prefix="paml-labels-", dir=settings.temp_folder) as spill:
@@ -335,8 +336,6 @@ def _parser(mids: Sequence[str], settings: LabelSettings) -> Iterator[Any]:
         }
         connection = duckdb.connect(config=config)
         try:
-            connection.register("mids", pa.table({"mid": list(mids), "number": pa.array(range(len(mids)), pa.int32())}))
-            connection.execute("CREATE TYPE mid AS ENUM (SELECT mid FROM mids ORDER BY number)")
             yield connection
         except duckdb.OutOfMemoryException as error:
             raise LabelError(
@@ -370,6 +369,7 @@ def _parse(
     path: str,
     local: str,
     quoted: bool,
+    mids: pa.Array,
     labels: "_Collected",
     rejects: "_Rejects",
     progress: Callable[[str, int], None] | None,
@@ -379,34 +379,22 @@ def _parse(
 
     quote = _literal('"' if quoted else "")
     columns = ", ".join(f"{_literal(name)}: 'VARCHAR'" for name in HEADER)
-    # Codes of this query: 2 * class + state, or the negative code of a reject; text travels for rejects alone.
     query = f"""
-        SELECT ImageID AS key, code,
-            CASE WHEN code < 0 THEN Source END AS source,
-            CASE WHEN code < 0 THEN LabelName END AS label,
-            CASE WHEN code < 0 THEN Confidence END AS confidence
-        FROM (SELECT *, CASE
-                WHEN ImageID IS NULL OR LabelName IS NULL THEN {_BAD_ROW}
-                WHEN class IS NULL THEN {_UNKNOWN}
-                WHEN Confidence IN ('1', '1.0') THEN class * 2 + 1
-                WHEN Confidence IN ('0', '0.0') THEN class * 2
-                ELSE {_BAD_CONFIDENCE} END AS code
-            FROM (SELECT *, enum_code(TRY_CAST(LabelName AS mid))::INTEGER AS class
-                FROM read_csv({_literal_path(local)}, auto_detect = false, header = true, delim = ',',
-                    quote = {quote}, escape = {quote}, columns = {{{columns}}}, compression = 'none',
-                    store_rejects = true, rejects_table = 'bad_lines', rejects_scan = 'bad_scans')))
+        FROM read_csv({_literal_path(local)}, auto_detect = false, header = true, delim = ',',
+            quote = {quote}, escape = {quote}, columns = {{{columns}}}, compression = 'none',
+            store_rejects = true, rejects_table = 'bad_lines', rejects_scan = 'bad_scans')
         """
     connection.execute("DROP TABLE IF EXISTS bad_lines; DROP TABLE IF EXISTS bad_scans")
     rows = 0
     try:
         for batch in connection.sql(query).to_arrow_reader(_BATCH_ROWS):
             rows += batch.num_rows
-            codes = batch.column("code").to_numpy(zero_copy_only=False)
+            codes = _codes_of(batch, mids)
             bad = codes < 0
             if bad.any():
-                rejects.add_rows(path, batch.filter(pa.array(bad)))
+                rejects.add_rows(path, batch.filter(pa.array(bad)), codes[bad])
                 batch, codes = batch.filter(pa.array(~bad)), codes[~bad]
-            odd = labels.add(batch.column("key"), codes)
+            odd = labels.add(batch.column("ImageID"), codes)
             if odd is not None:
                 rejects.add_odd_keys(path, batch.filter(pa.array(odd)))
             if progress is not None:
@@ -421,6 +409,25 @@ def _parse(
         f"left(any_value(csv_line), {_MAX_TEXT}) AS text FROM bad_lines GROUP BY line ORDER BY line"
     )
     rejects.add_lines(path, bad_lines.to_arrow_table())
+
+
+def _codes_of(batch: pa.RecordBatch, mids: pa.Array) -> np.ndarray:
+    """int64[n]: 2 * class + state of each row, or the negative code of what is wrong with it."""
+    cls = _index_in(batch.column("LabelName"), mids)
+    confidence = _index_in(batch.column("Confidence"), _CONFIDENCES)
+    codes = 2 * cls + (confidence & 1)
+    codes[confidence < 0] = _BAD_CONFIDENCE
+    codes[cls < 0] = _UNKNOWN
+    for name in ("ImageID", "LabelName"):
+        if batch.column(name).null_count:
+            codes[batch.column(name).is_null().to_numpy(zero_copy_only=False)] = _BAD_ROW
+    return codes
+
+
+def _index_in(values: pa.Array, allowed: pa.Array) -> np.ndarray:
+    """int64[n]: the place of each value among those allowed, -1 where it is not one of them."""
+    found = pc.call_function("index_in", [values], pc.SetLookupOptions(allowed))
+    return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 class _Collected:
@@ -581,30 +588,24 @@ class _Rejects:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def add_rows(self, path: str, batch: pa.RecordBatch) -> None:
-        """Rows that the query gave a negative code."""
-        codes = batch.column("code").to_numpy(zero_copy_only=False)
+    def add_rows(self, path: str, batch: pa.RecordBatch, codes: np.ndarray) -> None:
+        """Rows (with the columns of HEADER) that have a negative code each."""
         for code, kind in _KIND_OF_CODE.items():
             if not (codes == code).any():
                 continue
             part = batch.filter(pa.array(codes == code))
             if kind == "unknown_class":
-                for entry in part.column("label").value_counts().to_pylist():
+                for entry in part.column("LabelName").value_counts().to_pylist():
                     self.unknown[entry["values"]] += entry["counts"]
-            self.example.setdefault(kind, str([part.column(name)[0].as_py() for name in ("label", "confidence")]))
-            texts = {
-                "ImageID": part.column("key"),
-                "Source": part.column("source"),
-                "LabelName": part.column("label"),
-                "Confidence": part.column("confidence"),
-            }
+            self.example.setdefault(kind, ",".join(part.column(name)[0].as_py() or "" for name in HEADER))
+            texts = {name: part.column(name) for name in HEADER}
             self._write(kind, part.num_rows, path, texts)
             self.before_labels += part.num_rows
 
     def add_odd_keys(self, path: str, batch: pa.RecordBatch) -> None:
         """Rows whose ImageID is not 16 lower-case hex digits, where others are refused."""
         texts = {
-            "ImageID": batch.column("key"),
+            "ImageID": batch.column("ImageID"),
             "text": pa.array(["ImageID is not 16 lower-case hex digits"] * len(batch)),
         }
         self._write("malformed_row", batch.num_rows, path, texts)
@@ -704,7 +705,7 @@ def _nothing_usable(paths: Sequence[str], classes: str, mids: Sequence[str], rej
         )
     if rejects.counts["malformed_confidence"]:
         return message + (
-            f"A Confidence is 1 or 0, one row has {rejects.example['malformed_confidence']}: machine annotations are "
+            f"A Confidence is 1 or 0, one row is {rejects.example['malformed_confidence']!r}: machine annotations are "
             "fractional; name the human-verified ones"
         )
     return message + "A row is `ImageID,Source,LabelName,Confidence`: mend the files"
