@@ -43,7 +43,7 @@ def average_precision_by_class(cls: Array, score: Array, positive: Array, num_cl
     ends = np.flatnonzero(last)
     tp = true_positives[ends]
     rise = np.diff(tp, prepend=tp.dtype.type(0))
-    rising = np.flatnonzero(rise)
+    rising = np.flatnonzero(rise > 0)
     ends, tp, rise = ends[rising], tp[rising], rise[rising]
 
     end_cls = (packed[ends] >> np.uint64(32)).astype(np.int64)
@@ -94,9 +94,10 @@ def check_pairs(
 
 def falling_key(score: np.ndarray) -> np.ndarray:
     """uint32 keys that fall as the float32 score rises, equal where the scores are."""
-    bits = (score + np.float32(0)).view(np.uint32)
-    # A negative float already falls as its bits rise; a positive one has all but its sign bit turned round.
-    return np.where(bits >> np.uint32(31), bits, bits ^ np.uint32(0x7FFFFFFF))
+    bits = (score + np.float32(0)).view(np.int32)
+    # A negative float already falls as its bits rise; a positive one has all but its sign bit turned round. Without a
+    # branch, for signs are hard to predict.
+    return (bits ^ (~(bits >> 31) & np.int32(0x7FFFFFFF))).view(np.uint32)
 
 
 def _numpy(values: Array) -> np.ndarray:
