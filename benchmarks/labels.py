@@ -9,6 +9,7 @@ builds one table of the size of Open Images V3 (9.0 M images, 20.9 M rows) and t
 """
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -71,16 +72,21 @@ def build_with_pandas(annotations: str, classes: str, out: str) -> dict[str, int
     known = frame["cls"].notna()
     right = known & frame["Confidence"].isin(["0", "1"])
     usable = frame.loc[right, ["ImageID", "cls", "Confidence"]]
-    keys, image = np.unique(usable["ImageID"].to_numpy(str), return_inverse=True)
+    found, names = pd.factorize(usable["ImageID"])
+    values = np.array([int(name, 16) for name in names], np.uint64)
+    order = np.argsort(values)
+    keys, rank = values[order], np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    image = rank[found]
     state = (usable["Confidence"] == "1").to_numpy()
-    codes = (image.astype(np.int64) << 32) | (usable["cls"].to_numpy(np.int64) << 1) | state
+    codes = (image << 32) | (usable["cls"].to_numpy(np.int64) << 1) | state
     single = np.unique(codes)
     lost = np.zeros(len(single), bool)
     lost[1:] = (single[1:] >> 1) == (single[:-1] >> 1)
     kept = single[~lost]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(kept >> 32, minlength=len(keys)))])
     low = (kept & 0xFFFFFFFF).astype(np.uint16)
-    np.savez(out, keys=np.array([int(key, 16) for key in keys], np.uint64), offsets=offsets.astype(np.int32), codes=low)
+    np.savez(out, keys=keys, offsets=offsets.astype(np.int32), codes=low)
     return {"images": len(keys), "annotations": len(kept), "code_sum": int(low.astype(np.int64).sum())}
 
 
@@ -110,15 +116,11 @@ def run_side(side: str, annotations: str, classes: str, out: str) -> None:
     import resource
 
     if side == "paml":
-        import duckdb  # noqa: F401
-
-        import paml.labels  # noqa: F401
-
-        build = build_with_paml
+        build, modules = build_with_paml, ("duckdb", "paml.labels")
     else:
-        import pandas  # noqa: F401
-
-        build = build_with_pandas
+        build, modules = build_with_pandas, ("pandas",)
+    for module in modules:
+        importlib.import_module(module)
     start = time.perf_counter()
     counts: dict[str, float] = dict(build(annotations, classes, out))
     counts["seconds"] = time.perf_counter() - start

@@ -116,10 +116,14 @@ def test_of_many_writers_if_absent_lets_one_win(root: str) -> None:
 def test_replacing_keeps_the_old_file_when_the_block_fails(root: str) -> None:
     path = storage.join(root, "table")
     storage.write_bytes(path, b"old")
-    with pytest.raises(RuntimeError, match="stop"), storage.replacing(path) as temporary:
-        with open(temporary, "wb") as file:
+
+    def write_half() -> None:
+        with storage.replacing(path) as temporary, open(temporary, "wb") as file:
             file.write(b"half")
-        raise RuntimeError("stop")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half()
     assert storage.read_bytes(path) == b"old"
     assert storage.list_files(root) == ["table"]
     with storage.replacing(path) as temporary, open(temporary, "wb") as file:
@@ -306,3 +310,18 @@ def test_sha256_of(tmp_path) -> None:
     digest, size = storage.sha256_of(str(tmp_path / "f"))
     assert digest == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert size == 3
+
+
+def test_a_label_table_lives_in_s3(s3: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from paml.labels import LabelTable, build_label_table
+
+    monkeypatch.setenv("PAML_CACHE", str(tmp_path / "cache"))
+    rows = b"ImageID,Source,LabelName,Confidence\n00000000000000aa,v,/m/a,1\n00000000000000ab,v,/m/b,0\n"
+    storage.write_bytes(s3 + "/in/annotations-human.csv", rows)
+    storage.write_bytes(s3 + "/in/classes-trainable.txt", b"/m/a\n/m/b\n")
+    report = build_label_table(s3 + "/in/annotations-human.csv", s3 + "/in/classes-trainable.txt", s3 + "/out/t.arrow")
+    assert storage.list_files(s3 + "/out") == ["t.arrow", "t.rejects.parquet"]
+    table = LabelTable.open(report.path)
+    assert table.keys() == ["00000000000000aa", "00000000000000ab"]
+    assert table.lookup([1]).cls.tolist() == [1]
+    assert table.metadata["sources"][0]["bytes"] == len(rows)

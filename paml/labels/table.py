@@ -197,7 +197,8 @@ def _read_batch(path: str, local: str) -> tuple[pa.RecordBatch, dict[str, Any]]:
             metadata = _metadata_of(path, reader.schema)
             if reader.num_record_batches != 1:
                 raise LabelError(
-                    f"label table {path!r} has {reader.num_record_batches} record batches, allowed is one: build it again"
+                    f"label table {path!r} has {reader.num_record_batches} record batches, allowed is one: "
+                    "build it again"
                 )
             batch = reader.get_batch(0)
     except pa.ArrowInvalid as error:
@@ -231,8 +232,8 @@ def _check_batch(path: str, batch: pa.RecordBatch, metadata: Mapping[str, Any]) 
     expected = (metadata["num_images"], metadata["num_annotations"], metadata["num_annotations"])
     if found != expected:
         raise LabelError(
-            f"label table {path!r} is damaged: images, labels and last offset are {found}, its metadata say {expected}: "
-            "build or copy it again"
+            f"label table {path!r} is damaged: images, labels and last offset are {found}, "
+            f"its metadata say {expected}: build or copy it again"
         )
 
 
@@ -449,8 +450,8 @@ def select_images(table: LabelTable, keys: Sequence[str] | pa.Array, out: str) -
     if (rows < 0).any():
         first = as_strings(keys)[int(np.flatnonzero(rows < 0)[0])].as_py()
         raise LabelError(
-            f"{int((rows < 0).sum())} of {len(rows)} keys are not in label table {table.path!r}, the first is {first!r}: "
-            "keep those for which rows_of gives 0 or more"
+            f"{int((rows < 0).sum())} of {len(rows)} keys are not in label table {table.path!r}, "
+            f"the first is {first!r}: keep those for which rows_of gives 0 or more"
         )
     triples = table.lookup(rows)
     return table_from_triples(keys, table.classes, table.names, *triples, out, metadata={"selected_from": table.digest})

@@ -51,7 +51,7 @@ def test_each_kind_of_reject_is_counted_and_written(tmp_path: Path) -> None:
         f"{image(2)},verification,/m/a,2",
         f"{image(2)},verification,/m/c",
         f"{image(2)},verification,/m/c,1,extra",
-        f",verification,/m/c,1",
+        ",verification,/m/c,1",
         f"{image(3)},verification,,1",
         f"{image(1)},crowdsource-verification,/m/a,1",
         f"{image(4)},verification,/m/c,1",
@@ -261,9 +261,10 @@ def test_bad_class_lists(tmp_path: Path) -> None:
         build_label_table(annotations, write(tmp_path, "twice.txt", "/m/a\n/m/a\n"), out)
     with pytest.raises(LabelError, match="is not UTF-8 text"):
         build_label_table(annotations, write(tmp_path, "binary.txt", b"\xff\xfe/\0m\0"), out)
+    classes = write(tmp_path, "c.txt", "/m/a\n")
+    unnamed = write(tmp_path, "d.csv", "/m/a\n")
     with pytest.raises(LabelError, match="the line of '/m/a' has no name"):
-        classes = write(tmp_path, "c.txt", "/m/a\n")
-        build_label_table(annotations, classes, out, descriptions=write(tmp_path, "d.csv", "/m/a\n"))
+        build_label_table(annotations, classes, out, descriptions=unnamed)
     with pytest.raises(FileNotFoundError):
         build_label_table(annotations, str(tmp_path / "missing.txt"), out)
     with pytest.raises(LabelError, match="there are no annotation files"):

@@ -65,7 +65,7 @@ def test_a_larger_share_hides_more_of_the_same(table: LabelTable) -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_a_share_outside_0_to_1_is_refused(share: float) -> None:
-    with pytest.raises(LabelError, match="share is .*, allowed is 0 to 1"):
+    with pytest.raises(LabelError, match=r"share is .*, allowed is 0 to 1"):
         is_probe(np.zeros(1, np.uint64), np.zeros(1, np.int32), share, 0)
 
 
