@@ -55,6 +55,7 @@ def main() -> None:
     forms = {"scikit-learn": average_precision_score, "numpy": by_numpy}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
     largest = 0.0
+    ours = average_precision_by_class(cls, score, positive, K)
     for _ in range(options.rounds):
         for name, form in forms.items():
             start = time.perf_counter()
@@ -72,8 +73,8 @@ def main() -> None:
         loop, fast = (statistics.median(values) for values in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         print(
-            f"N = {N:,}, K = {K:,}, {len(flat):,} pairs: dense loop with {name} {loop:.2f} s, paml {fast * 1e3:.1f} ms, "
-            f"{ratio:.0f} times as fast"
+            f"N = {N:,}, K = {K:,}, {len(flat):,} pairs: dense loop with {name} {loop:.2f} s, "
+            f"paml {fast * 1e3:.1f} ms, {ratio:.0f} times as fast"
         )
     print(
         f"peak memory {peak / 1e6:.0f} MB beside {(score_NK.nbytes + label_NK.nbytes) / 1e6:,.0f} MB of matrices; "

@@ -82,7 +82,7 @@ def per_label_loss(loss: Loss, logits_BK: Tensor, state_BK: Tensor, rejected_BK:
 
 def check_all_observed(state_BK: Tensor) -> None:
     """Raise ValueError where a label is unobserved. On a GPU it asks nothing, for that would wait for the device."""
-    if state_BK.is_cuda:
+    if state_BK.device.type != "cpu":
         return
     missing = int((state_BK == UNOBSERVED).sum())
     if missing:

@@ -182,6 +182,27 @@ def test_second_backward_equals_the_first(name):
         torch.autograd.grad(output.loss, x, create_graph=True)
 
 
+@every_loss
+@pytest.mark.parametrize("reject_pool", [None, 5])
+def test_nothing_waits_for_a_device(name, reject_pool):
+    """On `meta` tensors, which have no values, anything that asks for one (item, nonzero, a mask as index) raises."""
+    logits, state = (values.to("meta") for values in batch(name))
+    logits.requires_grad_()
+    output = partial_label_loss(
+        logits,
+        state,
+        settings=LossSettings(name=name, reject_pool=reject_pool),
+        epoch=2,
+        divisor=3,
+        slots_B=torch.arange(12, device="meta"),
+        batch_size=12,
+    )
+    output.loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.shape == logits.shape
+    assert (output.rejected_BK is not None) == LOSSES[name].rejects
+
+
 # Several workers: how the 12 images of a batch may lie on them, by slots.
 SHARES = {
     2: [[range(0, 12), range(0)], [range(0), range(0, 12)], [range(0, 5), range(5, 12)]],
