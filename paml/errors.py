@@ -2,7 +2,7 @@
 
 
 class PamlError(Exception):
-    """Trying again without a change gives the same error: jobs print its message and exit, workers are not restarted."""
+    """Trying again unchanged gives the same error: jobs print it and exit, workers are not restarted."""
 
 
 class SettingsError(PamlError, ValueError):
@@ -19,3 +19,7 @@ class CheckpointError(PamlError):
 
 class NonFiniteLossError(PamlError):
     """The loss of a batch is NaN or infinite."""
+
+
+class Stopped(BaseException):
+    """Somebody stops the run (SIGTERM from `ray job stop`, Ctrl-C); holds the signal's number."""

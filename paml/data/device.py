@@ -42,9 +42,7 @@ class Normaliser:
         images = images_BHWC.permute(0, 3, 1, 2)
         if flips_B is not None:
             images = torch.where(flips_B.view(-1, 1, 1, 1), images.flip(3), images)
-        return torch.addcmul(self.shift, images.float(), self.scale).contiguous(
-            memory_format=torch.channels_last
-        )
+        return torch.addcmul(self.shift, images.float(), self.scale).contiguous(memory_format=torch.channels_last)
 
 
 def to_device(batch: Batch, num_classes: int, normalise: Normaliser, device: torch.device) -> DeviceBatch:

@@ -66,8 +66,8 @@ class Batch:
     """bool [b]."""
     slots: torch.Tensor
     """int64 [b], slot in the global batch; pools and ties go by it."""
-    rows: np.ndarray
-    """int64 [b], rows of the label table; -1 where it does not know the image."""
+    index: np.ndarray
+    """int64 [b], places in the manifest."""
     keys: Callable[[], list[str]]
     """Names the images; looked up only when somebody asks."""
     labels: LabelTriples
@@ -95,11 +95,12 @@ class LabelSource:
     seed: int = 0
 
 
-def lookup_known(table: LabelTable, rows: np.ndarray) -> Triples:
-    """Observed labels of `rows` (int64[b]); a row of -1, an image that the table does not know, has none."""
+def lookup_known(table: LabelTable, rows: np.ndarray, *, probe: float = 0.0, seed: int = 0) -> tuple[Triples, Triples]:
+    """(kept, hidden) observed labels of `rows` (int64[b]); a row of -1, an unknown image, has none."""
     known = np.flatnonzero(rows >= 0)
-    triples = table.lookup(rows[known])
-    return triples._replace(image=known[triples.image].astype(np.int32))
+    parts = split_probe(table.lookup(rows[known]), rows[known], table, probe, seed)
+    kept, hidden = (part._replace(image=known[part.image].astype(np.int32)) for part in parts)
+    return kept, hidden
 
 
 class Loader:
@@ -143,8 +144,7 @@ class Loader:
                     slots, chosen = self.plan.batch(step, self.slots)
                     pixels = self._buffer(len(chosen))
                     ahead = [
-                        decoders.submit(self._decode, sample, pixels[place])
-                        for place, sample in enumerate(chosen)
+                        decoders.submit(self._decode, sample, pixels[place]) for place, sample in enumerate(chosen)
                     ]
                     waiting.append((step, slots, chosen, pixels, ahead))
                 if len(waiting) > self.prefetch or (step >= self.plan.steps and waiting):
@@ -178,22 +178,21 @@ class Loader:
             good = np.flatnonzero([outcome is None for outcome in outcomes])
             slots, chosen, pixels = slots[good], chosen[good], pixels[torch.from_numpy(good)]
             self._refuse_too_many(bad)
-        rows = self.samples.row[chosen]
-        source = self.labels
-        kept, hidden = split_probe(lookup_known(source.table, rows), rows, source.table, source.probe, source.seed)
+        index, source = self.samples.index[chosen], self.labels
+        kept, hidden = lookup_known(source.table, self.samples.row[chosen], probe=source.probe, seed=source.seed)
         if source.overlay is not None:
-            kept = source.overlay.apply(kept, rows)
+            kept = source.overlay.apply(kept, index)
         truth = None
         if source.truth is not None and source.truth_rows is not None:
-            truth = LabelTriples.of(lookup_known(source.truth, source.truth_rows[chosen]))
-        flips = draw_flips(self.seed, self.epoch, self.samples.index[chosen], self.flip)
+            truth = LabelTriples.of(lookup_known(source.truth, source.truth_rows[chosen])[0])
+        flips = draw_flips(self.seed, self.epoch, index, self.flip)
         return Batch(
             step=step,
             images=pixels,
             flips=torch.from_numpy(flips),
             slots=torch.from_numpy(slots),
-            rows=rows,
-            keys=lambda: [self.reader.manifest.key(int(self.samples.index[sample])) for sample in chosen],
+            index=index,
+            keys=lambda: [self.reader.manifest.key(int(place)) for place in index],
             labels=LabelTriples.of(kept),
             probe=LabelTriples.of(hidden),
             truth=truth,

@@ -84,9 +84,7 @@ def _cut(network: nn.Module, name: str, feature_layer: str | None) -> nn.Module:
     layer = feature_layer or next((cut for start, cut in _CUTS.items() if name.startswith(start)), None)
     if layer is None:
         children = ", ".join(child for child, _ in network.named_children())
-        raise SettingsError(
-            f"name the last feature map of {name} by model.feature_layer; its parts are: {children}"
-        )
+        raise SettingsError(f"name the last feature map of {name} by model.feature_layer; its parts are: {children}")
     names = [child for child, _ in network.named_children()]
     if layer in names:
         kept = names[: names.index(layer) + 1]

@@ -20,7 +20,11 @@ class BoostSettings:
     """Further alphas scored beside `eval`, each with a best epoch of its own (the paper's 'inference only' rows)."""
 
     def __post_init__(self) -> None:
-        for name, alpha in [("train", self.train), ("eval", self.eval), *(("eval_also", a) for a in self.eval_also)]:
+        for name, alpha in [
+            ("train", self.train),
+            ("eval", self.eval),
+            *(("eval_also", a) for a in self.eval_also),
+        ]:
             if not (math.isfinite(alpha) and alpha >= 1):
                 raise SettingsError(
                     f"boost.{name} is {alpha}; alpha must be at least 1, since below it max(x, alpha·x) would "

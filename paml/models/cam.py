@@ -28,6 +28,8 @@ class ModelSettings:
     """Last feature map, by name; null takes the usual one of the families that paml knows."""
     output_stride: int = 32
     """Pixels of the picture per cell of the map; 16 or 8 drop the last strides for larger maps."""
+    frozen_layers: int = 0
+    """The first so many parts of the backbone stay as loaded (weights and BatchNorm); 0 trains end to end."""
     pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from RGB in [0, 1]."""
     pixel_std: tuple[float, float, float] = IMAGENET_STD
@@ -85,14 +87,25 @@ def build_model(settings: ModelSettings, num_classes: int, *, seed: int = 0) -> 
                 "a map of four axes is needed: name another model.feature_layer"
             )
         model = CamClassifier(backbone.train(), features.shape[1], num_classes)
+    for module in _frozen(model, settings):
+        module.requires_grad_(False)
     if settings.batch_norm == "sync":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(memory_format=torch.channels_last)  # pyright: ignore
 
 
+def _frozen(model: CamClassifier, settings: ModelSettings) -> list[nn.Module]:
+    parts = list(model.backbone.children())
+    if not 0 <= settings.frozen_layers <= len(parts):
+        raise SettingsError(f"model.frozen_layers is {settings.frozen_layers}; the backbone has {len(parts)} parts")
+    return parts[: settings.frozen_layers]
+
+
 def set_training(model: CamClassifier, settings: ModelSettings) -> None:
     """Training mode, with BatchNorm left on its stored statistics where they are frozen."""
     model.train()
+    for module in _frozen(model, settings):
+        module.eval()
     if settings.batch_norm == "frozen":
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -104,18 +117,10 @@ def head_parameters(model: CamClassifier) -> list[nn.Parameter]:
     return list(model.head.parameters())
 
 
-def save_for_inference(model: CamClassifier, folder: Path, settings: ModelSettings, *, alpha: float, **facts) -> None:
-    """Write weights.safetensors and model.json (settings, alpha, classes and whatever else `facts` name)."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
-    described = {"model": dataclasses.asdict(settings), "alpha": alpha, **facts}
-    (folder / "model.json").write_text(json.dumps(described, indent=1))
-
-
 def load_for_inference(folder: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from uint8 images [N, H, W, 3] (any side; 448 as trained, say) to probabilities float32 [N, K]."""
+    """`folder` holds weights.safetensors and model.json (model: ModelSettings, alpha, classes).
+
+    A function from uint8 images [N, H, W, 3] (any side; 448 as trained, say) to probabilities float32 [N, K]."""
     from safetensors.torch import load_file
 
     from paml.data.device import Normaliser

@@ -96,20 +96,33 @@ def same_classes(first: LabelTable, second: LabelTable) -> None:
 def open_data(settings: DataSettings) -> RunData:
     """Open all splits. Raises DataError naming what is missing and the command that makes it."""
     train = open_split(
-        settings, settings.train_split, settings.train_labels, images=settings.images, truth=settings.train_truth
+        settings,
+        settings.train_split,
+        settings.train_labels,
+        images=settings.images,
+        truth=settings.train_truth,
     )
-    scored = []
-    for split in (settings.validation_split, settings.test_split):
-        scored.append(None if split is None else open_split(settings, split, f"labels/{split}.arrow", images="observed"))
-    for split in scored:
+    validation = open_split(
+        settings, settings.validation_split, f"labels/{settings.validation_split}.arrow", images="observed"
+    )
+    test = None
+    if settings.test_split is not None:
+        test = open_split(settings, settings.test_split, f"labels/{settings.test_split}.arrow", images="observed")
+    for split in (validation, test):
         if split is not None:
             same_classes(train.table, split.table)
-    size = settings.image_size or train.image_size
-    return RunData(train, scored[0], scored[1], size)
+    return RunData(train, validation, test, settings.image_size or train.image_size)
 
 
 def train_loader(
-    settings: TrainSettings, data: RunData, world: World, *, epoch: int, start: int, overlay: LabelOverlay, probe: float
+    settings: TrainSettings,
+    data: RunData,
+    world: World,
+    *,
+    epoch: int,
+    start: int,
+    overlay: LabelOverlay,
+    probe: float,
 ) -> Loader:
     """The worker's share of a training epoch, from global batch `start` on."""
     split, own = data.train, settings.data

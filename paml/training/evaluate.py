@@ -3,12 +3,11 @@
 import contextlib
 from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
 
 from paml.data.device import Normaliser
 from paml.data.loader import Batch
-from paml.metrics import Pairs, gather_pairs
+from paml.metrics import Pairs, gather_pairs, join_pairs, pairs_of
 from paml.models import CamClassifier
 from paml.models.cam import pool_logits
 from paml.training.world import World
@@ -31,9 +30,7 @@ def score_pairs(
     """
     was_training = {module: module.training for module in model.modules()}
     model.eval()
-    found: dict[float, list[np.ndarray]] = {alpha: [] for alpha in alphas}
-    classes: list[np.ndarray] = []
-    positive: list[np.ndarray] = []
+    found: dict[float, list[Pairs]] = {alpha: [] for alpha in alphas}
     for batch in batches:
         if not len(batch):
             continue
@@ -42,19 +39,12 @@ def score_pairs(
             maps_BKHW = model.maps(images)
         labels = batch.labels.to(world.device)
         for alpha in alphas:
-            scores = pool_logits(maps_BKHW, alpha)[labels.image, labels.cls]
-            found[alpha].append(scores.cpu().numpy())
-        classes.append(batch.labels.cls.numpy())
-        positive.append(batch.labels.state.numpy() == 1)
+            logits_BK = pool_logits(maps_BKHW, alpha)
+            found[alpha].append(pairs_of(logits_BK, labels.image, labels.cls, labels.state))
         watch(len(batch))
     for module, mode in was_training.items():
         module.training = mode
-    cls = np.concatenate([*classes, np.empty(0, np.int64)])
-    truth = np.concatenate([*positive, np.empty(0, bool)])
-    return {
-        alpha: gather_pairs(Pairs(cls, np.concatenate([*parts, np.empty(0, np.float32)]), truth), world.group)
-        for alpha, parts in found.items()
-    }
+    return {alpha: gather_pairs(join_pairs(parts, world.device), world.group) for alpha, parts in found.items()}
 
 
 def _move(images: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -8,17 +8,24 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from paml.data.plan import EpochPlan
-from paml.errors import PamlError, SettingsError
+from paml.errors import SettingsError
 from paml.losses import LOSSES, check_reject_rate
-from paml.metrics import Scores, scores_of_pairs
+from paml.metrics import Scores, scores
 from paml.models.cam import CamClassifier, build_model, set_training
-from paml.training.checkpoint import Checkpoint, checkpoint_name, newest_checkpoint, read_checkpoint, tidy, write_checkpoint
+from paml.training.checkpoint import (
+    Checkpoint,
+    checkpoint_name,
+    newest_checkpoint,
+    read_checkpoint,
+    tidy,
+    write_checkpoint,
+)
 from paml.training.data import RunData, Split, eval_loader, open_data, train_loader
 from paml.training.evaluate import score_pairs
 from paml.training.settings import TrainSettings, refuse_other_settings
@@ -81,6 +88,26 @@ class Result:
     test: dict[str, Scores]
     history: list[dict[str, float]]
 
+    def to_json(self) -> dict[str, Any]:
+        """All of it in what JSON can hold."""
+        test = {
+            alpha: {name: _plain(value) for name, value in vars(scored).items()} for alpha, scored in self.test.items()
+        }
+        return {"best": self.best, "test": test, "history": self.history}
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> "Result":
+        """What `to_json` made."""
+        test = {}
+        for alpha, values in facts["test"].items():
+            arrays = {name: np.array(value) for name, value in values.items() if isinstance(value, list)}
+            test[alpha] = Scores(**(values | arrays))
+        return cls(facts["best"], test, facts["history"])
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
 
 def run_folder_of(settings: TrainSettings) -> str:
     """Where all of the run lies."""
@@ -110,15 +137,14 @@ def train(settings: TrainSettings, world: World, watcher: Watcher) -> Result:
         _train_epoch(state, data, run_folder, share, watcher)
         seconds = time.monotonic() - started
         figures = _epoch_figures(state, data, seconds, begun_at)
-        scores = _score(state, data.validation, data, watcher, f"epoch {state.epoch} validation")
-        figures |= _score_figures(scores, "val", "groups")
-        figures["train/bad_images"] = float(figures.get("train/bad_images", 0))
+        scored = _score(state, data.validation, data, watcher, f"epoch {state.epoch} validation")
+        figures |= _score_figures(scored, "val", "groups")
         if world.first and watcher.journal is not None:
             watcher.journal.metrics(figures, state.epoch)
-        _end_epoch(state, run_folder, scores, figures)
+        _end_epoch(state, run_folder, scored, figures)
         if world.first:
             watcher.say(_epoch_line(state, figures))
-        watcher.epoch_done(figures)
+        watcher.epoch_done(state.history[-1])
 
     test = _score_best(state, data, run_folder, watcher)
     return Result(state.best, test, state.history)
@@ -195,9 +221,9 @@ def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float
             before = state.optimiser_step
             train_step(state, batch, last=state.step + 1 == state.steps_per_epoch)
             bar.update(settings.batch_size)
-            if every and state.optimiser_step > before and state.optimiser_step % every == 0:
-                if state.step < state.steps_per_epoch:
-                    _save(state, run_folder)
+            due = every and state.optimiser_step > before and state.optimiser_step % every == 0
+            if due and state.step < state.steps_per_epoch:
+                _save(state, run_folder)
     finally:
         bar.close()
     settle_waiting(state)
@@ -273,16 +299,22 @@ def _score(state: TrainState, split: Split, data: RunData, watcher: Watcher, tit
         watch=bar.update,
     )
     bar.close()
-    counts = data.train.table.class_counts()
+    positives, negatives = data.train.table.class_counts()
     return {
-        alpha: scores_of_pairs(found, settings.metrics, num_classes=state.num_classes, train_counts=counts)
+        alpha: scores(
+            *found,
+            state.num_classes,
+            settings=settings.metrics,
+            train_positives=positives,
+            train_negatives=negatives,
+        )
         for alpha, found in pairs.items()
     }
 
 
-def _score_figures(scores: dict[float, Scores], prefix: str, groups: str) -> dict[str, float]:
+def _score_figures(scored: dict[float, Scores], prefix: str, groups: str) -> dict[str, float]:
     figures: dict[str, float] = {}
-    for place, (alpha, score) in enumerate(scores.items()):
+    for place, (alpha, score) in enumerate(scored.items()):
         end = "" if place == 0 else f"_alpha_{alpha:g}"
         figures[f"{prefix}/map{end}"] = score.map
         figures[f"{prefix}/micro_ap{end}"] = score.micro_ap
@@ -290,11 +322,9 @@ def _score_figures(scores: dict[float, Scores], prefix: str, groups: str) -> dic
     return figures
 
 
-def _end_epoch(
-    state: TrainState, run_folder: str, scores: dict[float, Scores], figures: dict[str, float]
-) -> None:
+def _end_epoch(state: TrainState, run_folder: str, scored: dict[float, Scores], figures: dict[str, float]) -> None:
     """Note the best, move to the next epoch, and leave a checkpoint of both."""
-    for alpha, score in scores.items():
+    for alpha, score in scored.items():
         best = state.best.get(f"{alpha:g}")
         if best is None or score.map > best["map"]:
             name = checkpoint_name(state.optimiser_step)

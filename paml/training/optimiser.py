@@ -51,15 +51,15 @@ def build_optimiser(settings: OptimiserSettings, model: CamClassifier) -> torch.
     head = head_parameters(model)
     heads = {id(parameter) for parameter in head}
     groups = [
-        {"params": [p for p in model.parameters() if id(p) not in heads], "factor": 1.0},
+        {"params": [p for p in model.parameters() if id(p) not in heads and p.requires_grad], "factor": 1.0},
         {"params": head, "factor": settings.head_factor},
     ]
-    common = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    rate, decay = settings.learning_rate, settings.weight_decay
     if settings.name == "sgd":
-        return torch.optim.SGD(groups, momentum=settings.momentum, **common)
+        return torch.optim.SGD(groups, lr=rate, weight_decay=decay, momentum=settings.momentum)
     fused = next(model.parameters()).device.type == "cuda"
     kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
-    return kind(groups, fused=fused, **common)
+    return kind(groups, lr=rate, weight_decay=decay, fused=fused)
 
 
 def rate_at(settings: OptimiserSettings, step: int, total_steps: int) -> float:

@@ -101,7 +101,15 @@ class TrainSettings:
             )
 
 
-MAY_DIFFER = ("run", "workers", "checkpoint.keep", "data.root", "data.decode_threads", "data.prefetch", "patience")
+MAY_DIFFER = (
+    "run",
+    "workers",
+    "checkpoint.keep",
+    "data.root",
+    "data.decode_threads",
+    "data.prefetch",
+    "patience",
+)
 """Settings that a resumed run may change: where things lie and who computes them, never what is computed."""
 
 

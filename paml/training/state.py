@@ -158,8 +158,10 @@ def save_state(state: TrainState) -> Checkpoint | None:
             "overlay": torch.from_numpy(state.overlay.codes),
             "loss_sum": state.loss_sum,
             "counts": state.counts,
-            **{f"generator.{rank}": torch.frombuffer(bytearray(g), dtype=torch.uint8)
-               for rank, g in enumerate(generators)},
+            **{
+                f"generator.{rank}": torch.frombuffer(bytearray(g), dtype=torch.uint8)
+                for rank, g in enumerate(generators)
+            },
         },
     }
     if state.averaged is not None:

@@ -121,4 +121,4 @@ def _settle(state: TrainState, batch: Batch, finite: torch.Tensor, corrected_BK:
         )
     if corrected_BK is not None:
         image, cls = np.nonzero(corrected_BK.numpy())
-        state.new_codes.append(state.overlay.encode(batch.rows[image], cls))
+        state.new_codes.append(state.overlay.encode(batch.index[image], cls))

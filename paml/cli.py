@@ -1,0 +1,41 @@
+"""What every job does the same way: settings in, one call, exit status out."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from paml.errors import PamlError
+from paml.storage import StorageError
+
+T = TypeVar("T")
+
+
+def read_settings(kind: type[T], description: str, default_config: str | None = None) -> T:
+    """Settings from the command line: --config FILE and dotted options, with --help and --print_config.
+
+    `default_config` is a recipe taken where --config is not given. Exits with status 2 and the message where
+    a setting is unknown or refused.
+    """
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    files = [default_config] if default_config and os.path.exists(default_config) else []
+    parser = ArgumentParser(description=description, default_config_files=files)
+    parser.add_argument("--config", action="config", help="a YAML file of settings; options after it win")
+    parser.add_class_arguments(kind, as_group=False)
+    parsed = parser.parse_args()
+    parsed.pop("config", None)
+    try:
+        return kind(**parser.instantiate(parsed).as_dict())
+    except PamlError as error:
+        parser.error(str(error))
+
+
+def run_job(work: Callable[[], int | None]) -> int:
+    """Run a job; errors that the user can mend end in one message and status 1, all others in a traceback."""
+    try:
+        return work() or 0
+    except (PamlError, StorageError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1

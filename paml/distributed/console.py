@@ -1,0 +1,98 @@
+"""One console for a run on many machines: the first worker speaks, the driver prints.
+
+Lines come out bare and in order, and a bar moves where the driver has a terminal.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import ray
+
+from paml.training.loop import Progress, terminal_bar
+
+
+@ray.remote(num_cpus=0)
+class Console:
+    """Holds what the worker has said until the driver takes it."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._bar: tuple[str, int, int] | None = None
+        self._fatal: str | None = None
+
+    def say(self, line: str) -> None:
+        """One line for the driver's console."""
+        self._lines.append(line)
+
+    def bar(self, title: str, done: int, total: int) -> None:
+        """Where the pass under way stands."""
+        self._bar = (title, done, total)
+
+    def fatal(self, message: str) -> None:
+        """An error that starting again would only repeat."""
+        self._fatal = self._fatal or message
+
+    def take(self) -> tuple[list[str], tuple[str, int, int] | None]:
+        """Lines not taken yet, and the bar."""
+        lines, self._lines = self._lines, []
+        return lines, self._bar
+
+    def failed_for_good(self) -> str | None:
+        """The message of `fatal`, if there was one."""
+        return self._fatal
+
+
+class RemoteBar:
+    """A worker's end of the bar; it speaks at most once in so many images."""
+
+    def __init__(self, console: "ray.actor.ActorHandle", title: str, total: int) -> None:
+        self._console, self._title, self._total = console, title, total
+        self._done = self._told = 0
+
+    def update(self, n: int) -> None:
+        """`n` more images are done."""
+        self._done += n
+        if self._done - self._told >= self._total / 100:
+            self._told = self._done
+            self._console.bar.remote(self._title, min(self._done, self._total), self._total)
+
+    def close(self) -> None:
+        """The pass is over."""
+        self._console.bar.remote(self._title, self._total, self._total)
+
+
+@contextlib.contextmanager
+def printing(console: "ray.actor.ActorHandle", every_seconds: float = 0.5) -> Iterator[None]:
+    """Print in this process what the console holds, until the block ends."""
+    over = threading.Event()
+    thread = threading.Thread(target=_print, args=(console, over, every_seconds), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(5)
+
+
+def _print(console: "ray.actor.ActorHandle", over: threading.Event, every_seconds: float) -> None:
+    shown: tuple[str, Progress, int] | None = None
+    last = False
+    while not last:
+        last = over.wait(every_seconds)
+        try:
+            lines, bar = ray.get(console.take.remote(), timeout=10)
+        except Exception:  # the cluster went away: fit() reports that, this thread has nothing to add
+            continue
+        if shown and (bar is None or bar[0] != shown[0] or bar[1] >= bar[2] or lines):
+            shown[1].close()
+            shown = None
+        for line in lines:
+            print(line, flush=True)
+        if bar is not None and bar[1] < bar[2]:
+            if shown is None:
+                shown = (bar[0], terminal_bar(bar[0], bar[2]), 0)
+            shown[1].update(bar[1] - shown[2])
+            shown = (bar[0], shown[1], bar[1])
+    if shown:
+        shown[1].close()

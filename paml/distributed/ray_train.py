@@ -1,0 +1,135 @@
+"""Ray Train workers around the training loop: DDP process groups, lost workers replaced, results brought home."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from paml import storage
+from paml.distributed.console import Console, RemoteBar, printing
+from paml.errors import PamlError, SettingsError, Stopped
+from paml.tracking.journal import Journal
+from paml.training.loop import Result, Watcher, train
+from paml.training.settings import TrainSettings, WorkerSettings
+from paml.training.world import current_world
+
+
+def connect(settings: WorkerSettings) -> None:
+    """Join the cluster of `workers.address` or RAY_ADDRESS; where there is none, start Ray in this process."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(settings.collective_timeout_seconds))
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address=settings.address, logging_level="warning", log_to_driver=True)
+
+
+def resources_per_worker(settings: WorkerSettings, cluster: dict[str, float]) -> dict[str, float]:
+    """CPUs and GPUs of each worker: as set, else equal shares of what the cluster has, one GPU at most."""
+    gpus = settings.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if cluster.get("GPU", 0) >= 1 else 0.0
+    cpus = settings.cpus_per_worker
+    if cpus is None:
+        share = cluster.get("CPU", 1.0) / settings.num_workers
+        cpus = float(int(share)) if share >= 1 else int(share * 100) / 100
+    if settings.num_workers * gpus > cluster.get("GPU", 0) or settings.num_workers * cpus > cluster.get("CPU", 0):
+        raise SettingsError(
+            f"{settings.num_workers} workers of {cpus:g} CPUs and {gpus:g} GPUs do not fit the cluster, which has "
+            f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs: lower workers.num_workers or the "
+            "share of each"
+        )
+    return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+
+
+def train_on_ray(settings: TrainSettings, run_folder: str) -> Result:
+    """Run the loop on Ray Train workers. Lost workers are replaced `workers.max_failures` times, each time from the
+    newest checkpoint. Raises PamlError for what starting again would only repeat, RuntimeError for a lost cause.
+    """
+    resources = resources_per_worker(settings.workers, ray.cluster_resources())
+    console = Console.remote()
+    for attempt in range(settings.workers.max_failures + 1):
+        with printing(console):
+            failure = _fit(settings, run_folder, resources, console)
+        if failure is None:
+            return Result.from_json(json.loads(storage.read_bytes(storage.join(run_folder, "result.json"))))
+        message = ray.get(console.failed_for_good.remote())
+        if message is not None:
+            raise PamlError(message)
+        left = settings.workers.max_failures - attempt
+        print(f"workers failed: {_first_line(failure)}; {left} more attempts", file=sys.stderr, flush=True)
+        if not left:
+            raise RuntimeError(f"training failed {attempt + 1} times, the last time by: {failure}") from failure
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    return text[-1][:300]
+
+
+def _fit(settings: TrainSettings, run_folder: str, resources: dict, console: Any) -> BaseException | None:
+    """One attempt; None when it finished. Its name is new each time, so Ray never takes up an old one in silence."""
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"settings": settings, "run_folder": run_folder, "console": console},
+        torch_config=TorchConfig(
+            backend="nccl" if "GPU" in resources else "gloo", timeout_s=int(settings.workers.collective_timeout_seconds)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers.num_workers, use_gpu="GPU" in resources, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"{settings.run.name}-{time.time_ns()}",
+            storage_path=_ray_storage(run_folder),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            worker_runtime_env=_worker_environment(),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except (SystemExit, KeyboardInterrupt) as stop:  # Ray turns Ctrl-C during fit() into an exit with status 0
+        raise Stopped(2) from stop
+    except ray.train.TrainingFailedError as error:
+        return error
+    return None
+
+
+def _ray_storage(run_folder: str) -> str:
+    """Where Ray keeps its own notes of an attempt; nothing of ours depends on them."""
+    folder = storage.join(run_folder, "ray")
+    return folder if storage.is_remote(folder) else str(Path(folder).resolve())
+
+
+def _worker_environment() -> dict[str, Any]:
+    """Let workers find this paml: by the job's working_dir where it has one, else at this checkout's path."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    if job.get("runtime_env", {}).get("working_dir"):
+        return {}
+    return {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}}
+
+
+def _worker(config: dict[str, Any]) -> None:
+    settings, run_folder, console = config["settings"], config["run_folder"], config["console"]
+    world = current_world()
+    watcher = Watcher(
+        journal=Journal(run_folder, "rank0") if world.first else None,
+        say=lambda line: ray.get(console.say.remote(line)),
+        bar=(lambda title, images: RemoteBar(console, title, images)) if world.first else Watcher.bar,
+        epoch_done=lambda figures: ray.train.report({"epoch": figures["epoch"], "val_map": figures["val/map"]}),
+    )
+    try:
+        result = train(settings, world, watcher)
+    except PamlError as error:
+        ray.get(console.fatal.remote(str(error)))
+        raise
+    if world.first:
+        storage.write_bytes(storage.join(run_folder, "result.json"), json.dumps(result.to_json()).encode())

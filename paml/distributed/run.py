@@ -1,0 +1,206 @@
+"""A training run as people start it: its folder, its journal, its workers, its report.
+
+The driver owns the journal's frame (settings, status) and MLflow; rank 0 of the workers owns the figures.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from paml import __version__, storage
+from paml.errors import SettingsError, Stopped
+from paml.metrics import Scores, score_table, write_per_class
+from paml.tracking import Journal, MlflowFollower, SystemSampler
+from paml.tracking.figures import rejected_by_epoch_figure
+from paml.tracking.model import final_model
+from paml.training.checkpoint import committed, read_checkpoint
+from paml.training.data import RunData, open_data
+from paml.training.loop import Result, Watcher, run_folder_of, terminal_bar, train
+from paml.training.settings import TrainSettings, flatten, refuse_other_settings
+from paml.training.world import World
+
+
+def run_training(settings: TrainSettings) -> int:
+    """Train as `settings` say and leave a finished run: journal, checkpoints, tables, figure, final model, MLflow.
+
+    Returns 0. Raises PamlError for what the user has to mend; a stop exits with 128 + signal. The journal then
+    says FAILED or KILLED, and `--run.resume true` goes on from the newest checkpoint.
+    """
+    run_folder = run_folder_of(settings)
+    data = open_data(settings.data)
+    claim_run(settings, run_folder)
+    journal = Journal(run_folder, "driver")
+    follower = None
+    if settings.workers.num_workers > 0:
+        from paml.distributed.ray_train import connect
+
+        connect(settings.workers)  # before _stopping: ray.init takes the signals for itself
+    with _stopping():
+        try:
+            _open_journal(journal, settings, data)
+            if settings.run.mlflow:
+                follower = MlflowFollower(run_folder, storage_root=settings.run.storage)
+            sampler = SystemSampler(journal, settings.run.system_seconds) if settings.run.system_seconds else None
+            result = _train(settings, run_folder)
+            if sampler is not None:
+                sampler.close()
+            _report(result, settings, data, run_folder, journal)
+            journal.status("FINISHED")
+        except Stopped as stop:
+            journal.status("KILLED")
+            if follower is not None:
+                follower.close(timeout=1.5)
+            print(f"stopped; go on with --run.resume true --run.name {settings.run.name}", file=sys.stderr, flush=True)
+            raise SystemExit(128 + int(stop.args[0])) from None
+        except BaseException:
+            journal.status("FAILED")
+            if follower is not None:
+                follower.close(timeout=10.0)
+            raise
+    if follower is not None and follower.close(timeout=120.0) == 0:
+        print(f"MLflow: {follower.tracking_uri}, experiment {settings.run.experiment}, run {follower.run_id}")
+    return 0
+
+
+def claim_run(settings: TrainSettings, run_folder: str) -> None:
+    """Refuse a name that is taken unless the run is to be resumed; refuse to resume what is not there.
+
+    Raises SettingsError, also where a resumed run's settings differ in what decides the computation.
+    """
+    storage.ensure_writable(run_folder)
+    mark = storage.join(run_folder, "run.json")
+    if settings.run.resume:
+        if not storage.exists(mark):
+            raise SettingsError(f"there is no run {run_folder} to resume; leave run.resume out to begin it")
+        stored = json.loads(storage.read_bytes(mark))
+        refuse_other_settings(stored["settings"], settings)
+        return
+    facts = {"schema_version": 1, "paml": __version__, "settings": flatten(settings)}
+    try:
+        storage.write_bytes(mark, json.dumps(facts, indent=1).encode(), if_absent=True)
+    except FileExistsError as error:
+        newest = committed(run_folder)[-1:] or ["none"]
+        raise SettingsError(
+            f"a run {run_folder} exists (newest checkpoint: {newest[0]}). Give --run.resume true to go on with it, "
+            "another --run.name to begin a new one, or remove the folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[None]:
+    """SIGTERM and Ctrl-C become Stopped. `ray job stop` leaves three seconds before SIGKILL."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _train(settings: TrainSettings, run_folder: str) -> Result:
+    if settings.workers.num_workers > 0:
+        from paml.distributed.ray_train import train_on_ray
+
+        return train_on_ray(settings, run_folder)
+    watcher = Watcher(journal=Journal(run_folder, "rank0"), bar=terminal_bar)
+    return train(settings, World(), watcher)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[f"version.{name}"] = version(name)
+    return {"version.paml": __version__, "version.python": sys.version.split()[0], **found}
+
+
+def _open_journal(journal: Journal, settings: TrainSettings, data: RunData) -> None:
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    note = (
+        f"**{settings.loss.name}**, boost {settings.boost.train:g} in training and {settings.boost.eval:g} in scoring, "
+        f"{settings.model.backbone} at {data.image_size} px, on `{settings.data.root}` "
+        f"({len(data.train.samples):,} images, {len(data.classes):,} classes).\n\nRepeat: `python {command}`"
+    )
+    tags = {
+        "dataset": settings.data.root.rstrip("/").rsplit("/", 1)[-1],
+        "method": settings.loss.name + ("+boost" if settings.boost.train > 1 else ""),
+        "backbone": settings.model.backbone,
+        **_versions(),
+    }
+    submission = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
+    if "job_submission_id" in submission:
+        tags["ray_job"] = submission["job_submission_id"]
+    journal.run(experiment=settings.run.experiment, name=settings.run.name, tags=tags, note=note)
+    journal.settings(dataclasses.asdict(settings))
+    for split in (data.train, data.validation, data.test):
+        if split is not None:
+            journal.dataset(
+                name=split.name,
+                digest=f"{split.manifest.digest[:16]}-{split.table.digest[:16]}",
+                source=split.manifest.folder,
+                context={"train": "training"}.get(split.name, split.name),
+                profile={"images": len(split.samples), "annotations": split.table.num_annotations},
+            )
+
+
+def _report(result: Result, settings: TrainSettings, data: RunData, run_folder: str, journal: Journal) -> None:
+    """The score table on the console, and every artifact into the journal."""
+    rows: dict[str, Scores] = {}
+    for alpha, scores in result.test.items():
+        best = result.best[alpha]
+        rows[f"alpha {alpha}, epoch {best['epoch']}"] = scores
+        path = storage.join(run_folder, "artifacts", f"test_per_class_alpha_{alpha}.parquet")
+        write_per_class(path, scores, data.classes, data.names)
+        journal.artifact(path, f"tables/test_per_class_alpha_{alpha}.parquet")
+    if rows:
+        table = score_table(rows)
+        print(f"\ntest scores of {settings.run.name}, in percent\n{table}\n", flush=True)
+        journal.artifact_bytes(table.encode(), "tables/test_scores.txt")
+    journal.artifact_bytes(json.dumps(_finite(result.history), indent=1).encode(), "tables/history.json")
+    rejected = [
+        {name.removeprefix("rejection/"): value for name, value in figures.items()} for figures in result.history
+    ]
+    if any("rejected" in figures for figures in rejected):
+        path = storage.join(run_folder, "artifacts", "rejected_by_epoch.png")
+        rejected_by_epoch_figure(rejected, path)
+        journal.artifact(path, "figures/rejected_by_epoch.png")
+    _final_model(result, settings, data, run_folder, journal)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _final_model(result: Result, settings: TrainSettings, data: RunData, run_folder: str, journal: Journal) -> None:
+    """The best epoch's scored weights, ready for inference, as a pickle-free MLflow model."""
+    from safetensors.torch import save
+
+    group = "averaged" if settings.optimiser.average else "weights"
+    best = read_checkpoint(run_folder, result.best[f"{settings.boost.eval:g}"]["checkpoint"], groups=(group,))
+    weights = storage.join(run_folder, "model", "weights.safetensors")
+    storage.write_bytes(weights, save(best.tensors[group]))
+    description = {
+        "model": dataclasses.asdict(settings.model),
+        "alpha": settings.boost.eval,
+        "classes": list(data.classes),
+        "names": list(data.names),
+        "image_size": data.image_size,
+    }
+    final_model(journal, weights=weights, description=description, num_classes=len(data.classes))
