@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -170,8 +170,8 @@ def write_shards(
     work = Path(work_folder) if work_folder is not None else _default_work_folder(out)
     wanted = None if wanted_keys is None else list(dict.fromkeys(wanted_keys))
     if expected_count is None:
-        if hasattr(source, "__len__"):
-            expected_count = len(source)  # pyright: ignore[reportArgumentType]
+        if isinstance(source, Sized):
+            expected_count = len(source)
         elif wanted is not None:
             expected_count = len(wanted)
         else:

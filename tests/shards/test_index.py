@@ -3,7 +3,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import webdataset
+from webdataset.writer import TarWriter
 
 from paml.errors import DataError
 from paml.shards import CorruptSample, Manifest, ShardReader, ShardSettings, index_shards, verify_shards, write_shards
@@ -12,7 +12,7 @@ from tests.shards.images import encoded, flip_byte, picture, source
 
 def write_tar(path: Path, samples: list[dict[str, object]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with webdataset.TarWriter(str(path)) as writer:
+    with TarWriter(str(path)) as writer:
         for sample in samples:
             writer.write(sample)
     return path
