@@ -349,6 +349,7 @@ def _parser(settings: LabelSettings) -> Iterator[Any]:
             ) from error
         finally:
             connection.close()
+            pa.default_memory_pool().release_unused()
 
 
 def _usable_cores() -> int:
@@ -464,11 +465,9 @@ class _Collected:
 
     def settle(self, conflict: str, mids: Sequence[str]) -> tuple[_Settled, Callable[[np.ndarray], pa.Array]]:
         """The labels in order, and what turns their keys (uint64) into keys as stored. Empties this collection."""
-        codes = np.concatenate(self._codes)
-        self._codes = []
+        codes = _joined(self._codes)
         if self.first_text_key is None:
-            values = np.concatenate(self._values)
-            self._values = []
+            values = _joined(self._values)
             stored: Callable[[np.ndarray], pa.Array] = pa.array
         else:
             coded = pa.concat_arrays([text.cast(pa.large_string()) for text in self._texts]).dictionary_encode()
@@ -479,6 +478,17 @@ class _Collected:
             values = rank[coded.indices.to_numpy()]
             stored = _taker(coded.dictionary.take(pa.array(order)))
         return _settle(values, codes, conflict, lambda key: _key_text(stored, key), mids), stored
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """The parts in one array; the list is emptied on the way, so that both never exist in full."""
+    whole = np.empty(sum(len(part) for part in parts), parts[0].dtype)
+    end = len(whole)
+    while parts:
+        part = parts.pop()
+        whole[end - len(part) : end] = part
+        end -= len(part)
+    return whole
 
 
 def _taker(column: pa.Array) -> Callable[[np.ndarray], pa.Array]:
@@ -506,12 +516,12 @@ def _settle(
     piece_of = np.zeros(len(keys), np.uint8 if len(bounds) < 256 else np.uint16)
     for bound in bounds:
         piece_of += keys >= bound
-    kept: list[tuple[np.ndarray, ...]] = []
+    columns: list[list[np.ndarray]] = [[] for _ in range(8)]
     for piece in range(len(bounds) + 1):
         here = np.flatnonzero(piece_of == piece)
-        kept.append(_settle_piece(keys[here], codes[here], conflict))
-    columns = [np.concatenate(column) for column in zip(*kept, strict=True)]
-    unique, counts, settled, *rejected, conflicting = columns
+        for column, part in zip(columns, _settle_piece(keys[here], codes[here], conflict), strict=True):
+            column.append(part)
+    unique, counts, settled, *rejected, conflicting = map(_joined, columns)
     if conflict == "error" and len(conflicting):
         some = ", ".join(
             f"image {text_of(int(key))} and class {mids[int(code) >> 1]}"
@@ -522,7 +532,7 @@ def _settle(
             "to negative, positive or drop"
         )
     offsets = np.zeros(len(unique) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
+    np.cumsum(counts, dtype=np.int64, out=offsets[1:])
     return _Settled(unique, offsets, settled, (rejected[0], rejected[1]), (rejected[2], rejected[3]), len(conflicting))
 
 
@@ -559,7 +569,7 @@ def _settle_piece(keys: np.ndarray, codes: np.ndarray, conflict: str) -> tuple[n
     low = np.int64(0xFFFFFFFF)
     return (
         unique[has_labels],
-        counts[has_labels],
+        counts[has_labels].astype(np.int32),
         (kept & low).astype(codes.dtype),
         unique[repeated >> 32],
         (repeated & low).astype(codes.dtype),
