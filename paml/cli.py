@@ -20,7 +20,9 @@ def read_settings(kind: type[T], description: str, default_config: str | None = 
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    files = [default_config] if default_config and os.path.exists(default_config) else []
+    files: list[str | os.PathLike] = []
+    if default_config and os.path.exists(default_config):
+        files.append(default_config)
     parser = ArgumentParser(description=description, default_config_files=files)
     parser.add_argument("--config", action="config", help="a YAML file of settings; options after it win")
     parser.add_class_arguments(kind, as_group=False)

@@ -8,13 +8,13 @@ import threading
 from collections.abc import Iterator
 
 import ray
+from ray.actor import ActorHandle
 
 from paml.training.loop import Progress, terminal_bar
 
 
-@ray.remote(num_cpus=0)
 class Console:
-    """Holds what the worker has said until the driver takes it."""
+    """An actor that holds what the worker has said until the driver takes it."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -46,7 +46,7 @@ class Console:
 class RemoteBar:
     """A worker's end of the bar; it speaks at most once in so many images."""
 
-    def __init__(self, console: "ray.actor.ActorHandle", title: str, total: int) -> None:
+    def __init__(self, console: ActorHandle, title: str, total: int) -> None:
         self._console, self._title, self._total = console, title, total
         self._done = self._told = 0
 
@@ -63,7 +63,7 @@ class RemoteBar:
 
 
 @contextlib.contextmanager
-def printing(console: "ray.actor.ActorHandle", every_seconds: float = 0.5) -> Iterator[None]:
+def printing(console: ActorHandle, every_seconds: float = 0.5) -> Iterator[None]:
     """Print in this process what the console holds, until the block ends."""
     over = threading.Event()
     thread = threading.Thread(target=_print, args=(console, over, every_seconds), daemon=True)
@@ -75,7 +75,7 @@ def printing(console: "ray.actor.ActorHandle", every_seconds: float = 0.5) -> It
         thread.join(5)
 
 
-def _print(console: "ray.actor.ActorHandle", over: threading.Event, every_seconds: float) -> None:
+def _print(console: ActorHandle, over: threading.Event, every_seconds: float) -> None:
     shown: tuple[str, Progress, int] | None = None
     last = False
     while not last:

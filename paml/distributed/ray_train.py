@@ -1,6 +1,7 @@
 """Ray Train workers around the training loop: DDP process groups, lost workers replaced, results brought home."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -28,7 +29,7 @@ def connect(settings: WorkerSettings) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(settings.collective_timeout_seconds))
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(address=settings.address, logging_level="warning", log_to_driver=True)
+    ray.init(address=settings.address, logging_level=logging.WARNING, log_to_driver=True)
 
 
 def resources_per_worker(settings: WorkerSettings, cluster: dict[str, float]) -> dict[str, float]:
@@ -53,8 +54,8 @@ def train_on_ray(settings: TrainSettings, run_folder: str) -> Result:
     """Run the loop on Ray Train workers. Lost workers are replaced `workers.max_failures` times, each time from the
     newest checkpoint. Raises PamlError for what starting again would only repeat, RuntimeError for a lost cause.
     """
-    resources = resources_per_worker(settings.workers, ray.cluster_resources())
-    console = Console.remote()
+    resources = resources_per_worker(settings.workers, dict(ray.cluster_resources()))
+    console: Any = ray.remote(num_cpus=0)(Console).remote()  # pyright: ignore[reportFunctionMemberAccess]
     for attempt in range(settings.workers.max_failures + 1):
         with printing(console):
             failure = _fit(settings, run_folder, resources, console)

@@ -26,7 +26,7 @@ def build_backbone(name: str, *, weights: str | None, feature_layer: str | None,
         raise SettingsError(f"model.backbone is {name!r}; torchvision knows {', '.join(sorted(known))}")
     pretrained = None
     if weights == "imagenet":
-        pretrained = torchvision.models.get_model_weights(name).DEFAULT
+        pretrained = "DEFAULT"
     try:
         network = torchvision.models.get_model(name, weights=pretrained)
     except OSError as error:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,7 +128,7 @@ def load_for_inference(folder: str | Path) -> Callable[[np.ndarray], np.ndarray]
 
     folder = Path(folder)
     described = json.loads((folder / "model.json").read_text())
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in described["model"].items()}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in described["model"].items()}
     settings = dataclasses.replace(ModelSettings(**fields), weights=None)
     model = build_model(settings, len(described["classes"]))
     model.load_state_dict(load_file(folder / "weights.safetensors"))

@@ -86,7 +86,8 @@ def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 def average_into(averaged: nn.Module, model: nn.Module, decay: float) -> None:
     """averaged ← decay·averaged + (1 − decay)·model for parameters; buffers (BatchNorm) are copied."""
     with torch.no_grad():
-        torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
+        for kept, new in _pairs(averaged.parameters(), model.parameters()):
+            kept.lerp_(new, 1 - decay)
         for kept, new in _pairs(averaged.buffers(), model.buffers()):
             kept.copy_(new)
 

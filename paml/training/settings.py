@@ -1,7 +1,8 @@
 """All settings of a training run, composed from those of its parts."""
 
 import dataclasses
-from typing import Literal
+import typing
+from typing import Any, Literal
 
 from paml.data.settings import DataSettings
 from paml.errors import SettingsError
@@ -123,6 +124,20 @@ def flatten(settings: object, prefix: str = "") -> dict[str, object]:
         else:
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def unflatten(kind: type, flat: dict[str, object]) -> Any:
+    """The settings dataclass that `flatten` made `flat` of; what is absent takes its default."""
+    values: dict[str, Any] = {}
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        inside = {name[len(field.name) + 1 :]: v for name, v in flat.items() if name.startswith(field.name + ".")}
+        if dataclasses.is_dataclass(hints[field.name]):
+            values[field.name] = unflatten(hints[field.name], inside)
+        elif field.name in flat:
+            value = flat[field.name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
 
 
 def refuse_other_settings(stored: dict, settings: TrainSettings) -> None:
