@@ -28,15 +28,16 @@ VERSION = 1
 SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}  # each with its share of the digit images
 DEFAULT_IMAGES = {"train": 2400, "validation": 600, "test": 900}
 COLOURS = {
-    "red": (215, 35, 40),
-    "yellow": (245, 215, 40),
-    "green": (25, 150, 60),
-    "cyan": (60, 215, 225),
-    "blue": (40, 75, 225),
-    "pink": (240, 105, 200),
-    "white": (250, 250, 250),
+    "red": (215, 30, 35),
+    "yellow": (250, 220, 40),
+    "green": (20, 150, 55),
+    "cyan": (60, 220, 230),
+    "blue": (35, 65, 230),
+    "pink": (245, 100, 205),
+    "white": (252, 252, 252),
+    "black": (8, 8, 8),
 }
-DIGITS = (0, 1, 2, 4, 7)  # the others look too much alike for a network that has minutes to learn from scratch
+DIGITS = (0, 1, 4, 7)  # the others look too much alike for a network that has minutes to learn from scratch
 CLASSES = tuple((digit, colour) for colour in COLOURS for digit in DIGITS)
 MIDS = tuple(f"/m/0d{digit}{colour}" for digit, colour in CLASSES)
 NAMES = tuple(f"{colour} {digit}" for digit, colour in CLASSES)
@@ -44,7 +45,7 @@ NAMES = tuple(f"{colour} {digit}" for digit, colour in CLASSES)
 DIGITS_SHARES = (0.12, 0.22, 0.28, 0.24, 0.14)  # of the scenes that hold 1, 2, 3, 4 and 5 digits
 NEGATIVES_SHARES = (0.3, 0.4, 0.3)  # of the train scenes with 0, 1 and 2 observed negatives
 TAIL_OFFSET = 6.0  # the class of rank r (from 0) is drawn with a weight of 1 / (r + TAIL_OFFSET)
-DIGIT_HEIGHTS = (0.34, 0.46)  # of a digit before it is turned, as shares of the picture's side
+DIGIT_HEIGHTS = (0.38, 0.46)  # of a digit before it is turned, as shares of the picture's side
 PLACE_TRIES = 60
 
 SCENES_FILE = "scenes.json"

@@ -68,7 +68,7 @@ def test_full_labels_boxes_and_pictures_agree(scenes: Path, split: str):
     digits = Counter(key for key, _ in positives)
     assert set(digits.values()) <= {1, 2, 3, 4, 5}
     assert set(digits) == keys
-    assert 2.4 < sum(digits.values()) / len(keys) < 3.7
+    assert 1.8 < sum(digits.values()) / len(keys) < 3.4
     with Image.open(files[0]) as picture:
         assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (96, 96))
 
@@ -104,17 +104,15 @@ def test_the_ink_in_a_box_has_the_colour_of_its_class(scenes: Path):
 def test_class_frequencies_have_a_long_tail():
     weights = np.sort(digit_scenes._class_weights(0))[::-1]
     assert weights.sum() == pytest.approx(1)
-    assert weights[0] > 10 * weights[-1]
+    assert weights[0] > 5 * weights[-1]
 
 
 def test_no_digit_image_serves_two_splits():
     from sklearn.datasets import load_digits
 
     pools = digit_scenes._digits_of_splits(0)
-    by_split = {
-        split: [pixels.tobytes() for pool in parts for pixels in pool] for split, parts in pools.items()
-    }
-    assert sum(map(len, by_split.values())) == len(load_digits().target)
+    by_split = {split: [pixels.tobytes() for pool in parts for pixels in pool] for split, parts in pools.items()}
+    assert sum(map(len, by_split.values())) == np.isin(load_digits().target, digit_scenes.DIGITS).sum()
     assert all(len(pool) >= 20 for parts in pools.values() for pool in parts)
     assert not set(by_split["train"]) & set(by_split["test"])
     assert not set(by_split["train"]) & set(by_split["validation"])
@@ -148,9 +146,7 @@ def test_a_whole_folder_is_kept_and_a_cut_off_one_is_finished(scenes: Path, tmp_
     report = write_digit_scenes(part, images=IMAGES, seed=3)
     assert not report.kept
     assert contents(part) == contents(scenes)
-    assert str(report).startswith(
-        f"digit scenes written in {part}: 60 train, 20 validation, 25 test images, 40 "
-    )
+    assert str(report).startswith(f"digit scenes written in {part}: 60 train, 20 validation, 25 test images, 32 ")
 
 
 def test_progress_counts_every_scene(tmp_path: Path):
