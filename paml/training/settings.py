@@ -1,9 +1,11 @@
 """All settings of a training run, composed from those of its parts."""
 
 import dataclasses
+import os
 import typing
 from typing import Any, Literal
 
+from paml import storage
 from paml.data.settings import DataSettings
 from paml.errors import SettingsError
 from paml.losses import LossSettings
@@ -79,7 +81,7 @@ class TrainSettings:
     accumulate: int = 1
     """Global batches summed for one step of the optimiser. A reject pool lies within one of them."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Autocast: auto takes bf16 where the device computes in it, else fp32; fp16 scales the loss (GPU)."""
+    """Autocast: auto takes bf16 where the device computes in it, else fp32; fp16 scales the loss (slow on a CPU)."""
     patience: int | None = None
     """Stop after this many epochs without a better validation mAP; null for never."""
     seed: int = 0
@@ -89,6 +91,13 @@ class TrainSettings:
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("eval_batch_size", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1, or null")
+        if self.seed < 0:
+            raise SettingsError(f"seed is {self.seed}; it must be at least 0")
+        if self.precision not in ("auto", "bf16", "fp16", "fp32"):
+            raise SettingsError(f"precision is {self.precision!r}; it must be auto, bf16, fp16 or fp32")
         if self.workers.num_workers > self.batch_size:
             raise SettingsError(
                 f"workers.num_workers is {self.workers.num_workers}, more than the {self.batch_size} slots of a "
@@ -107,11 +116,28 @@ MAY_DIFFER = (
     "workers",
     "checkpoint.keep",
     "data.root",
+    "model.weights",
     "data.decode_threads",
     "data.prefetch",
     "patience",
 )
 """Settings that a resumed run may change: where things lie and who computes them, never what is computed."""
+
+
+def at_absolute_paths(settings: TrainSettings, base: str) -> TrainSettings:
+    """The same settings with every local path absolute, since workers run in folders of their own."""
+
+    def fixed(path: str) -> str:
+        return path if storage.is_remote(path) else os.path.abspath(os.path.join(base, os.path.expanduser(path)))
+
+    weights = settings.model.weights
+    if weights is not None and weights != "imagenet":
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, weights=fixed(weights)))
+    return dataclasses.replace(
+        settings,
+        run=dataclasses.replace(settings.run, storage=fixed(settings.run.storage)),
+        data=dataclasses.replace(settings.data, root=fixed(settings.data.root)),
+    )
 
 
 def flatten(settings: object, prefix: str = "") -> dict[str, object]:
