@@ -10,7 +10,10 @@ from paml.labels.table import Triples
 
 
 class LabelOverlay:
-    """Corrected (image, class) pairs as one sorted int64 array of image·K + class; an image is its place in the manifest."""
+    """Corrected (image, class) pairs as one sorted int64 array of image·K + class.
+
+    An image is its place in the manifest.
+    """
 
     def __init__(self, num_classes: int, codes: np.ndarray | None = None) -> None:
         self.num_classes = num_classes

@@ -1,0 +1,145 @@
+"""The whole way on one machine: pictures of digits, shards and label tables, two runs through Ray, a table, a picture.
+
+Trains AN (unobserved labels taken as negative) and LL-R + BoostLU on the same sparse labels by `ray job submit`,
+on a Ray of its own, and compares them. Nothing is downloaded.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from paml.cli import run_job
+from paml.distributed.local_head import ray_head
+from paml.errors import PamlError
+
+DATA = Path("data/demo")
+SIDE = 96
+RECIPE = "jobs/recipes/demo.yaml"
+ROWS = {
+    "AN": ["--loss.name=an", "--boost.train=1", "--boost.eval=1"],
+    "LL-R + BoostLU": [],
+}
+
+
+def make_data(seed: int) -> Path:
+    """Scenes as JPEG files and Open Images CSV, then shards and label tables; kept where they are whole."""
+    from paml.prepare import PrepareSettings, prepare
+    from paml.shards import ShardSettings
+    from paml.sources.digit_scenes import write_digit_scenes
+
+    scenes = DATA / f"scenes-{seed}"
+    report = write_digit_scenes(scenes, size=SIDE, seed=seed, progress=_bar("drawing scenes"))
+    print(report, flush=True)
+    out = DATA / f"prepared-{seed}"
+    settings = PrepareSettings(
+        out=str(out),
+        release=str(scenes / "2017_11"),
+        images=str(scenes / "images"),
+        full_labels=str(scenes / "full-labels"),
+        shards=ShardSettings(size=SIDE, samples_per_shard=500),
+    )
+    prepare(settings)
+    return out
+
+
+def _bar(title: str):
+    from paml.training.loop import terminal_bar
+
+    bars: list = []
+
+    def show(done: int, total: int) -> None:
+        if not bars:
+            bars.append(terminal_bar(title, total))
+        bars[0].update(done - getattr(bars[0], "n", done - 1))
+        if done == total:
+            bars[0].close()
+
+    return show
+
+
+def train(name: str, data: Path, options: list[str], environment: dict[str, str]) -> None:
+    """One run by `ray job submit`, as on a cluster."""
+    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--log-style=record", "--log-color=false"]
+    job = ["python", "jobs/train_openimages.py", f"--config={RECIPE}", f"--run.name={name}", f"--data.root={data}"]
+    print(f"\n$ ray job submit -- {' '.join(job + options)}", flush=True)
+    with subprocess.Popen(
+        [*submit, "--", *job, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout is not None
+        for raw in process.stdout:
+            line = raw.decode(errors="replace").rstrip()
+            if _worth_showing(line):
+                print(line, flush=True)
+    if process.returncode:
+        raise PamlError(f"the job {name} failed; what it said stands above")
+
+
+def _worth_showing(line: str) -> bool:
+    """Ray's own hints on how to follow and stop a job are of no use here: the demo does both."""
+    return bool(line) and not re.match(r"\d{4}-\d\d-\d\d .*(INFO|SUCC)|.*PreemptionWatcher|Running entrypoint", line)
+
+
+def compare(names: dict[str, str], data: Path) -> Path:
+    """Print the table of both runs and draw the picture; returns the picture's path."""
+    from paml.explain.panel import RunOnPanel, draw_panel
+    from paml.training.data import open_split
+    from paml.training.loop import Result
+    from paml.training.score_run import settings_of_run
+
+    runs = []
+    for title, name in names.items():
+        folder = Path("runs") / name
+        result = Result.from_json(json.loads((folder / "result.json").read_text()))
+        runs.append(RunOnPanel(title, str(folder), settings_of_run(str(folder)), result))
+    print(f"\n{'method':<16} {'best epoch':>10} {'test mAP, %':>12} {'rejected':>9} {'truly FN':>9} {'precision':>10}")
+    for run in runs:
+        alpha = f"{run.settings.boost.eval:g}"
+        best = run.result.best[alpha]["epoch"]
+        figures = run.result.history[best - 1]
+        rejected = figures.get("rejection/rejected")
+        cells = ["-", "-", "-"]
+        if rejected:
+            hits = figures["rejection/rejected_false_negatives"]
+            cells = [f"{rejected:,.0f}", f"{hits:,.0f}", f"{hits / rejected:.3f}"]
+        score = f"{100 * run.result.test[alpha].map:.2f}"
+        print(f"{run.title:<16} {best:>10} {score:>12} {cells[0]:>9} {cells[1]:>9} {cells[2]:>10}")
+    print("rejected labels and their precision are those of the best epoch (by validation mAP)")
+    picture = Path("runs") / "demo.png"
+    split = open_split(runs[0].settings.data, "test", "labels/test.arrow", images="observed")
+    draw_panel(runs, split, str(picture))
+    return picture
+
+
+def demo(seed: int, options: list[str]) -> None:
+    """Data, two runs, the comparison."""
+    begun = time.monotonic()
+    data = make_data(seed)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    names = {title: f"demo-{stamp}-{title.lower().replace(' + ', '-')}" for title in ROWS}
+    print("\nstarting Ray (on free ports, stopped at the end)", flush=True)
+    with ray_head(ROOT) as environment:
+        for title, name in names.items():
+            train(name, data, [*ROWS[title], f"--seed={seed}", *options], environment)
+    picture = compare(names, data)
+    print(f"\npicture: {picture}\nevery figure by epoch: `make ui` opens MLflow on runs/mlflow.db")
+    print(f"{time.monotonic() - begun:.0f} s in all")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes, their labels and the training")
+    arguments, options = parser.parse_known_args()
+    return run_job(lambda: demo(arguments.seed, options))
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    sys.exit(main())
