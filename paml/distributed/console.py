@@ -4,6 +4,7 @@ Lines come out bare and in order, and a bar moves where the driver has a termina
 """
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator
 
@@ -62,6 +63,18 @@ class RemoteBar:
         self._console.bar.remote(self._title, self._total, self._total)
 
 
+class ConsoleHandler(logging.Handler):
+    """Warnings of a worker's libraries, for the driver's console."""
+
+    def __init__(self, console: ActorHandle) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send it, without waiting."""
+        self._console.say.remote(f"{record.levelname.lower()}: {self.format(record).strip()}")
+
+
 @contextlib.contextmanager
 def printing(console: ActorHandle, every_seconds: float = 0.5) -> Iterator[None]:
     """Print in this process what the console holds, until the block ends."""
@@ -72,7 +85,7 @@ def printing(console: ActorHandle, every_seconds: float = 0.5) -> Iterator[None]
         yield
     finally:
         over.set()
-        thread.join(5)
+        thread.join(1)  # a stopped job has three seconds in all
 
 
 def _print(console: ActorHandle, over: threading.Event, every_seconds: float) -> None:

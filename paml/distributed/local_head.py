@@ -29,7 +29,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def ray_head(folder: Path, *, cpus: int | None = None, start_seconds: float = 90.0) -> Iterator[dict[str, str]]:
-    """Start a head with `folder` as its working directory; yields the environment for `ray job submit`.
+    """Start a head with `folder` as its working directory; yields the environment in which jobs find it.
 
     Only this machine can reach it. On leaving, this head and its workers are stopped and no other Ray. Raises
     RuntimeError, with what Ray said, where it does not come up in time.
@@ -60,7 +60,7 @@ def ray_head(folder: Path, *, cpus: int | None = None, start_seconds: float = 90
             if head.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"Ray did not start within {start_seconds:g} s:\n{log.read_text()[-2000:]}")
             time.sleep(0.3)
-        yield environment | {"RAY_API_SERVER_ADDRESS": address}
+        yield environment | {"RAY_API_SERVER_ADDRESS": address, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
     finally:
         _stop(head)
         shutil.rmtree(temporary, ignore_errors=True)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from paml import storage
-from paml.distributed.console import Console, RemoteBar, printing
+from paml.distributed.console import Console, ConsoleHandler, RemoteBar, printing
 from paml.errors import PamlError, SettingsError, Stopped
 from paml.tracking.journal import Journal
 from paml.training.loop import Result, Watcher, train
@@ -28,8 +30,10 @@ def connect(settings: WorkerSettings) -> None:
         return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(settings.collective_timeout_seconds))
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a lost node is a lost worker, replaced below
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(address=settings.address, logging_level=logging.WARNING, log_to_driver=True)
+    # Workers speak through Console; what else Ray's processes print stays in Ray's log folder.
+    ray.init(address=settings.address, logging_level=logging.WARNING, log_to_driver=False)
 
 
 def resources_per_worker(settings: WorkerSettings, cluster: dict[str, float]) -> dict[str, float]:
@@ -64,16 +68,37 @@ def train_on_ray(settings: TrainSettings, run_folder: str) -> Result:
         message = ray.get(console.failed_for_good.remote())
         if message is not None:
             raise PamlError(message)
-        left = settings.workers.max_failures - attempt
-        print(f"workers failed: {_first_line(failure)}; {left} more attempts", file=sys.stderr, flush=True)
-        if not left:
-            raise RuntimeError(f"training failed {attempt + 1} times, the last time by: {failure}") from failure
+        if attempt == settings.workers.max_failures:
+            raise RuntimeError(f"training failed {attempt + 1} times, the last time by:\n{failure}")
+        print(
+            f"{what_failed(failure)}; restart {attempt + 1} of {settings.workers.max_failures} from the newest "
+            "checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines() or [type(error).__name__]
-    return text[-1][:300]
+def what_failed(failure: BaseException) -> str:
+    """One line. Workers that died are named alone: the errors of the others follow from that."""
+    failures = dict(getattr(failure, "worker_failures", {}))
+    causes = {rank: getattr(error, "health_check_failure", error) for rank, error in failures.items()}
+    dead = {rank: error for rank, error in causes.items() if isinstance(error, RayActorError)}
+    if dead:
+        return "; ".join(f"worker {rank} died ({_cause_of_death(error)})" for rank, error in sorted(dead.items()))
+    if causes:
+        return "; ".join(f"worker {rank} failed ({_last_line(error)})" for rank, error in sorted(causes.items()))
+    return f"the workers failed ({_last_line(failure)})"
+
+
+def _cause_of_death(error: BaseException) -> str:
+    detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", str(error), re.DOTALL)
+    return detail.group(1).strip()[:300] if detail else _last_line(error)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1][:300] if lines else type(error).__name__
 
 
 def _fit(settings: TrainSettings, run_folder: str, resources: dict, console: Any) -> BaseException | None:
@@ -121,6 +146,9 @@ def _worker_environment() -> dict[str, Any]:
 def _worker(config: dict[str, Any]) -> None:
     settings, run_folder, console = config["settings"], config["run_folder"], config["console"]
     world = current_world()
+    if world.first:
+        logging.getLogger().addHandler(ConsoleHandler(console))
+        logging.captureWarnings(True)
     watcher = Watcher(
         journal=Journal(run_folder, "rank0") if world.first else None,
         say=lambda line: ray.get(console.say.remote(line)),
