@@ -42,8 +42,14 @@ def _decode_pil(data: bytes | memoryview) -> np.ndarray:
 
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    except Exception as error:
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I"):  # PIL's own conversion cuts 16-bit greys off at 255
+                grey = (np.clip(np.asarray(upright), 0, 65535) >> 8).astype(np.uint8)
+                return np.repeat(grey[:, :, None], 3, axis=2)
+            return np.array(upright.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise many kinds, down to SyntaxError and struct.error
         raise UndecodableError(f"{type(error).__name__}: {error}") from error
 
 

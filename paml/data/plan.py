@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from paml.errors import SettingsError
+from paml.labels.states import POSITIVE
 from paml.labels.table import LabelTable
 from paml.shards.manifest import Manifest
 
@@ -68,11 +69,13 @@ def join(manifest: Manifest, table: LabelTable, images: ImageChoice = "observed"
     """
     rows = np.asarray(table.rows_of(manifest.keys()))
     keep = np.ones(len(rows), dtype=bool) if images == "all" else rows >= 0
-    if images == "positive":
+    if images != "all":
         known = np.flatnonzero(keep)
-        triples = table.lookup(rows[known])
-        has = np.zeros(len(known), dtype=bool)
-        has[triples.image[triples.state == 1]] = True
+        has = table.label_counts(rows[known]) > 0
+        if images == "positive":
+            triples = table.lookup(rows[known])
+            has = np.zeros(len(known), dtype=bool)
+            has[triples.image[triples.state == POSITIVE]] = True
         keep[known] = has
     index = np.flatnonzero(keep)
     if not len(index):

@@ -44,6 +44,8 @@ class DataSettings:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise SettingsError(f"data.{name} is {value}; it must lie between {low} and {high}")
+        if self.images not in ("observed", "positive", "all"):
+            raise SettingsError(f"data.images is {self.images!r}; it must be observed, positive or all")
         for name in ("shuffle_window", "prefetch", "decode_threads", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

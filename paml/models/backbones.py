@@ -1,22 +1,26 @@
 """torchvision networks cut off at their last feature map."""
 
+import itertools
+import operator
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import nn
 
 from paml.errors import SettingsError
 
-_CUTS = {"resnet": "layer4", "resnext": "layer4", "wide_resnet": "layer4"}
-_TRUNKS = ("mobilenet", "efficientnet", "convnext", "densenet", "vgg", "regnet")
+_CUTS = {"resnet": "layer4", "resnext": "layer4", "wide_resnet": "layer4", "regnet": "trunk_output"}
+_TRUNKS = ("mobilenet", "efficientnet", "convnext", "densenet", "vgg")
+_CLASSIFIERS = ("fc.", "classifier.", "head.", "heads.")
 
 
 def build_backbone(name: str, *, weights: str | None, feature_layer: str | None, output_stride: int) -> nn.Module:
     """A module from images [B, 3, H, W] to features [B, C, H/output_stride, W/output_stride].
 
     `weights`: 'imagenet' (torchvision's enum DEFAULT, fetched or cached), None (random), or a file
-    (.safetensors, or a state dict that torch.load reads with weights_only=True) holding any part of the network
-    above the first missing name. `feature_layer` names the last feature map of networks not listed here.
+    (.safetensors, or a state dict that torch.load reads with weights_only=True) that holds at least the backbone.
+    `feature_layer` names the last feature map of networks not listed here.
     Raises SettingsError for an unknown network, layer, stride, or weights that do not fit.
     """
     import torchvision
@@ -45,7 +49,8 @@ def load_partial(network: nn.Module, path: str) -> None:
     """Load a state dict that may lack the classifier. Raises SettingsError where it does not fit.
 
     What the file holds must fit by name and shape; what it lacks must be the tail of the network (the
-    classifier), since silently random layers in the middle would train to a bad model.
+    classifier), since silently random layers in the middle would train to a bad model. BatchNorm's counts of
+    batches, which older files lack and nothing here reads, may be missing.
     """
     from paml.storage import StorageError, read_bytes
 
@@ -60,22 +65,31 @@ def load_partial(network: nn.Module, path: str) -> None:
             state = torch.load(io.BytesIO(read_bytes(path)), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise SettingsError(f"model.weights: no file {path}") from error
-    except StorageError as error:
+    except (StorageError, OSError) as error:
         raise SettingsError(f"model.weights: {path} cannot be read: {error}") from error
+    except Exception as error:  # what a foreign file raises depends on how far it looks like one of weights
+        raise SettingsError(
+            f"model.weights: {path} holds no weights: {str(error).splitlines()[0]}. Give a .safetensors file or a "
+            "state dict saved by torch.save"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        kind = f"a dict of {', '.join(map(str, list(state)[:3]))}" if isinstance(state, dict) else type(state).__name__
+        raise SettingsError(f"model.weights: {path} holds {kind}, not a state dict (names to tensors)")
     own = network.state_dict()
-    state = {key: value for key, value in state.items() if key in own or not key.startswith(("fc.", "classifier."))}
+    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
     for key, value in state.items():
-        if key in own and own[key].shape != value.shape and key.startswith(("fc.", "classifier.")):
-            continue
-        if key not in own or own[key].shape != value.shape:
+        if key not in fitting and not key.startswith(_CLASSIFIERS):
             found = tuple(value.shape)
             wanted = tuple(own[key].shape) if key in own else "no such tensor"
             raise SettingsError(f"model.weights: {path} does not fit: {key} is {found}, the network has {wanted}")
-    state = {key: value for key, value in state.items() if own[key].shape == value.shape}
-    missing = [key for key in own if key not in state and not key.startswith(("fc.", "classifier.", "head."))]
+    missing = [
+        key
+        for key in own
+        if key not in fitting and not key.startswith(_CLASSIFIERS) and "num_batches_tracked" not in key
+    ]
     if missing:
         raise SettingsError(f"model.weights: {path} lacks {len(missing)} tensors of the backbone, e.g. {missing[0]}")
-    network.load_state_dict(state, strict=False)
+    network.load_state_dict(fitting, strict=False)
 
 
 def _cut(network: nn.Module, name: str, feature_layer: str | None) -> nn.Module:
@@ -108,8 +122,14 @@ class _OnlyMap(nn.Module):
         return self.extractor(images)["map"]
 
 
+def _stride(module: nn.Module) -> int:
+    """Of a convolution or a pooling; 1 where its sides differ."""
+    stride: Any = module.stride
+    return stride if isinstance(stride, int) else stride[0] if len(set(stride)) == 1 else 1
+
+
 def _strided(trunk: nn.Module) -> list[tuple[int, nn.Module]]:
-    """(side of its input, module) of every module with a stride of 2, for a 256-pixel picture."""
+    """(side of its input, module) of every module with a stride above 1, for a 256-pixel picture."""
     found: list[tuple[int, nn.Module]] = []
 
     def note(module: nn.Module, inputs: tuple) -> None:
@@ -119,7 +139,7 @@ def _strided(trunk: nn.Module) -> list[tuple[int, nn.Module]]:
     hooks = [
         module.register_forward_pre_hook(note)
         for module in trunk.modules()
-        if isinstance(module, kinds) and module.stride in (2, (2, 2))
+        if isinstance(module, kinds) and _stride(module) > 1
     ]
     was_training = trunk.training
     trunk.eval()
@@ -137,11 +157,12 @@ def _reduce_stride(trunk: nn.Module, output_stride: int) -> None:
     No dilation is put in its place: larger maps at nearly no cost, at the price of a smaller receptive field.
     """
     strided = _strided(trunk)
-    levels = sorted({side for side, _ in strided}, reverse=True)
-    allowed = [2**n for n in range(1, len(levels) + 1)]
+    stride_at = {side: _stride(module) for side, module in strided}
+    levels = sorted(stride_at, reverse=True)
+    allowed = list(itertools.accumulate((stride_at[side] for side in levels), operator.mul))
     if output_stride not in allowed:
         raise SettingsError(f"model.output_stride is {output_stride}; this backbone allows {allowed}")
-    dropped = levels[output_stride.bit_length() - 1 :]
+    dropped = levels[allowed.index(output_stride) + 1 :]
     for side, module in strided:
         if side in dropped:
             module.stride = (1, 1) if isinstance(module, nn.Conv2d) else 1  # pyright: ignore

@@ -44,6 +44,10 @@ class Checkpoint:
     facts: dict[str, Any]
 
 
+class OtherSchemaError(CheckpointError):
+    """A checkpoint of another version of paml: whole, but not for this one to read."""
+
+
 def _folder(run_folder: str) -> str:
     return storage.join(run_folder, "checkpoints")
 
@@ -59,10 +63,10 @@ def write_checkpoint(run_folder: str, step: int, checkpoint: Checkpoint) -> str:
     folder = storage.join(_folder(run_folder), name)
     if storage.exists(storage.join(folder, "COMMIT")):
         try:
-            read_checkpoint(run_folder, name, groups=())
+            read_checkpoint(run_folder, name)
             return name  # the same step of the same run computes the same bits
         except CheckpointError:
-            storage.delete_folder(folder)
+            _remove(folder)
     files = {
         f"{group}.safetensors": save({key: value.detach().contiguous().cpu() for key, value in tensors.items()})
         for group, tensors in checkpoint.tensors.items()
@@ -79,21 +83,25 @@ def write_checkpoint(run_folder: str, step: int, checkpoint: Checkpoint) -> str:
 def read_checkpoint(run_folder: str, name: str, groups: tuple[str, ...] | None = None) -> Checkpoint:
     """Read and verify; `groups` limits which tensors are read (None: all).
 
-    Raises CheckpointError where COMMIT is absent, of another schema, or a file differs in size or digest.
+    Raises CheckpointError where COMMIT is absent or a file differs in size or digest, OtherSchemaError where
+    another version of paml wrote it.
     """
     folder = storage.join(_folder(run_folder), name)
     try:
         commit = json.loads(storage.read_bytes(storage.join(folder, "COMMIT")))
+        version = commit["schema_version"]
+        files = {file: (fact["size"], fact["sha256"]) for file, fact in commit["files"].items()}
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} has no COMMIT: it was never finished") from error
-    except ValueError as error:
-        raise CheckpointError(f"{folder}/COMMIT cannot be read: {error}") from error
-    if commit.get("schema_version") != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{folder} has schema version {commit.get('schema_version')}, this paml reads {SCHEMA_VERSION}"
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}/COMMIT is damaged: {type(error).__name__}: {error}") from error
+    if version != SCHEMA_VERSION:
+        raise OtherSchemaError(
+            f"{folder} has schema version {version}, this paml reads {SCHEMA_VERSION}: go on with the paml that wrote "
+            "it, or begin a run of another run.name"
         )
     contents: dict[str, bytes] = {}
-    for file, fact in commit["files"].items():
+    for file, (size, sha256) in files.items():
         group = file.removesuffix(".safetensors")
         if file != "facts.json" and groups is not None and group not in groups:
             continue
@@ -101,13 +109,13 @@ def read_checkpoint(run_folder: str, name: str, groups: tuple[str, ...] | None =
             data = storage.read_bytes(storage.join(folder, file))
         except FileNotFoundError as error:
             raise CheckpointError(f"{folder}/{file} is missing") from error
-        if len(data) != fact["size"] or hashlib.sha256(data).hexdigest() != fact["sha256"]:
-            raise CheckpointError(
-                f"{folder}/{file} is damaged: {len(data)} bytes, not the {fact['size']} bytes that were written"
-                if len(data) != fact["size"]
-                else f"{folder}/{file} is damaged: its SHA-256 differs"
-            )
+        if len(data) != size:
+            raise CheckpointError(f"{folder}/{file} is damaged: it has {len(data)} bytes, written were {size}")
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise CheckpointError(f"{folder}/{file} is damaged: its SHA-256 differs from that of what was written")
         contents[file] = data
+    if "facts.json" not in contents:
+        raise CheckpointError(f"{folder}/COMMIT is damaged: it does not list facts.json")
     facts = json.loads(contents.pop("facts.json"))
     return Checkpoint({file.removesuffix(".safetensors"): load(data) for file, data in contents.items()}, facts)
 
@@ -119,21 +127,35 @@ def committed(run_folder: str) -> list[str]:
 
 
 def newest_checkpoint(run_folder: str) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint (None where there is none) and what was wrong with newer ones."""
+    """The newest whole checkpoint (None where there is none) and what was wrong with newer ones.
+
+    Raises OtherSchemaError rather than pass over what another paml wrote: that would begin the run anew.
+    """
     faults: list[str] = []
     for name in reversed(committed(run_folder)):
         try:
             return read_checkpoint(run_folder, name), faults
+        except OtherSchemaError:
+            raise
         except CheckpointError as error:
             faults.append(str(error))
     return None, faults
 
 
-def tidy(run_folder: str, *, keep: int | None, also: set[str]) -> None:
-    """Remove all but the newest `keep` checkpoints and those named in `also`, and any that was never finished."""
-    whole = committed(run_folder)
+def tidy(run_folder: str, *, newest: str, keep: int | None, also: set[str]) -> None:
+    """Remove all but the `keep` checkpoints up to `newest` and those named in `also`, and any never finished.
+
+    One after `newest`, which was just written, was found damaged when the run was taken up: it goes too.
+    """
+    whole = [name for name in committed(run_folder) if name <= newest]
     kept = set(whole if keep is None else whole[-keep:]) | also
     found = {file.split("/")[0] for file in storage.list_files(_folder(run_folder))}
     for name in sorted(found - kept):
-        storage.delete(storage.join(_folder(run_folder), name, "COMMIT"))
-        storage.delete_folder(storage.join(_folder(run_folder), name))
+        if _NAME.fullmatch(name):
+            _remove(storage.join(_folder(run_folder), name))
+
+
+def _remove(folder: str) -> None:
+    """COMMIT first, so that a removal cut short leaves nothing that looks whole."""
+    storage.delete(storage.join(folder, "COMMIT"))
+    storage.delete_folder(folder)

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from paml.data.loader import Loader
 from paml.data.plan import EpochPlan
-from paml.errors import SettingsError
+from paml.errors import NonFiniteLossError, SettingsError
 from paml.losses import LOSSES, check_reject_rate
 from paml.metrics import Scores, scores
 from paml.models.cam import CamClassifier, build_model, set_training
@@ -32,6 +33,9 @@ from paml.training.settings import TrainSettings, refuse_other_settings
 from paml.training.state import COUNTS, TrainState, load_state, new_state, save_state, share_corrections
 from paml.training.step import settle_waiting, train_step
 from paml.training.world import World
+
+NAMED = 20
+"""Bad images named in one line of the output."""
 
 
 class Figures(Protocol):
@@ -127,6 +131,7 @@ def train(settings: TrainSettings, world: World, watcher: Watcher) -> Result:
     plan_steps = EpochPlan(data.train.samples.index, settings.batch_size).steps
     model = build_model(settings.model, len(data.classes), seed=settings.seed)
     state = new_state(settings, world, model, len(data.classes), plan_steps)
+    state.data_digests = _digests(data)
     _resume(state, run_folder, watcher)
     if world.first:
         _describe(state, data, watcher)
@@ -162,12 +167,24 @@ def _resume(state: TrainState, run_folder: str, watcher: Watcher) -> None:
             f"the label table has {state.num_classes} classes, the checkpoint's head has "
             f"{checkpoint.facts['num_classes']}: train on the table that the run was begun with"
         )
+    stored = checkpoint.facts.get("data", {})
+    other = [name for name, digest in state.data_digests.items() if stored.get(name, digest) != digest]
+    if other:
+        raise SettingsError(
+            f"the {', '.join(other)} below data.root differ from those that the run was begun with: put the same "
+            "ones back, or give the new run another run.name"
+        )
     load_state(state, checkpoint)
     if state.world.first:
         watcher.say(
             f"going on at epoch {state.epoch}, step {state.step} of {state.steps_per_epoch} "
             f"({checkpoint_name(state.optimiser_step)})"
         )
+
+
+def _digests(data: RunData) -> dict[str, str]:
+    """Of all that decides which image with which labels comes when."""
+    return {"training images": data.train.manifest.digest, "training labels": data.train.table.digest}
 
 
 def _probe_share(settings: TrainSettings, data: RunData) -> float:
@@ -228,15 +245,31 @@ def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float
         bar.close()
     settle_waiting(state)
     share_corrections(state)
+    _name_bad(state, loader, f"epoch {state.epoch}", watcher)
+
+
+def _name_bad(state: TrainState, loader: Loader, title: str, watcher: Watcher) -> None:
+    """Say which images could not be used and were left out, on whichever worker."""
+    bad = [sample for own in state.world.gather_objects(loader.bad) for sample in own]
+    if bad and state.world.first:
+        named = "; ".join(f"{sample.key} ({sample.reason})" for sample in bad[:NAMED])
+        more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+        watcher.say(f"{title}: {len(bad)} images could not be used and were left out: {named}{more}")
 
 
 def _save(state: TrainState, run_folder: str) -> str:
+    """All workers must call it. Raises NonFiniteLossError rather than keep weights that are lost."""
     settle_waiting(state)
+    if not all(bool(torch.isfinite(weight).all()) for weight in state.model.parameters()):
+        raise NonFiniteLossError(
+            f"the weights after step {state.step} of epoch {state.epoch} are not finite. Lower "
+            "optimiser.learning_rate, or set optimiser.clip_norm"
+        )
     checkpoint = save_state(state)
     if checkpoint is not None:
-        write_checkpoint(run_folder, state.optimiser_step, checkpoint)
+        name = write_checkpoint(run_folder, state.optimiser_step, checkpoint)
         kept = {best["checkpoint"] for best in state.best.values()}
-        tidy(run_folder, keep=state.settings.checkpoint.keep, also=kept)
+        tidy(run_folder, newest=name, keep=state.settings.checkpoint.keep, also=kept)
     state.world.barrier()
     return checkpoint_name(state.optimiser_step)
 
@@ -299,6 +332,7 @@ def _score(state: TrainState, split: Split, data: RunData, watcher: Watcher, tit
         watch=bar.update,
     )
     bar.close()
+    _name_bad(state, loader, title, watcher)
     positives, negatives = data.train.table.class_counts()
     return {
         alpha: scores(
@@ -326,7 +360,7 @@ def _end_epoch(state: TrainState, run_folder: str, scored: dict[float, Scores], 
     """Note the best, move to the next epoch, and leave a checkpoint of both."""
     for alpha, score in scored.items():
         best = state.best.get(f"{alpha:g}")
-        if best is None or score.map > best["map"]:
+        if best is None or score.map > best["map"] or math.isnan(best["map"]):
             name = checkpoint_name(state.optimiser_step)
             state.best[f"{alpha:g}"] = {"epoch": state.epoch, "map": score.map, "checkpoint": name}
     state.history.append({"epoch": state.epoch, **figures})

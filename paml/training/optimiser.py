@@ -11,6 +11,9 @@ from torch import nn
 from paml.errors import SettingsError
 from paml.models.cam import CamClassifier, head_parameters
 
+OPTIMISERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("constant", "cosine", "one_cycle")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimiserSettings:
@@ -36,6 +39,16 @@ class OptimiserSettings:
     """Largest norm of the gradient; null for no clipping."""
 
     def __post_init__(self) -> None:
+        for name, allowed in (("name", OPTIMISERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise SettingsError(f"optimiser.{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise SettingsError(f"optimiser.clip_norm is {self.clip_norm}; it must be above 0, or null for no clipping")
+        if not self.weight_decay >= 0 or not 0 <= self.momentum < 1:
+            raise SettingsError(
+                f"optimiser.weight_decay ({self.weight_decay}) must be at least 0 and momentum ({self.momentum}) "
+                "in [0, 1)"
+            )
         if not self.learning_rate > 0 or not self.head_factor > 0:
             raise SettingsError(
                 f"optimiser.learning_rate ({self.learning_rate}) and head_factor ({self.head_factor}) must be above 0"

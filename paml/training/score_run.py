@@ -64,6 +64,11 @@ def evaluate(settings: EvaluateSettings, say: Callable[[str], None] = print) -> 
     name = {"newest": names[-1], "best": _best(newest.facts, run)}.get(settings.checkpoint, settings.checkpoint)
     if name not in names:
         raise SettingsError(f"checkpoint {name!r} is not in {settings.run}; there are {', '.join(names)}")
+    if newest.facts["num_classes"] != split.table.num_classes:
+        raise SettingsError(
+            f"{split.table.path} has {split.table.num_classes} classes, the head of {settings.run} has "
+            f"{newest.facts['num_classes']}: score with tables of the classes that the run was trained on"
+        )
     group = "averaged" if run.optimiser.average else "weights"
     checkpoint = read_checkpoint(settings.run, name, groups=(group,))
 

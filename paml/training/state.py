@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from paml.data.device import Normaliser
+from paml.errors import SettingsError
 from paml.labels.overlay import LabelOverlay
 from paml.models import CamClassifier
 from paml.training.checkpoint import Checkpoint
@@ -63,6 +64,8 @@ class TrainState:
     """Figures of each epoch done."""
     best: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """For each alpha scored: the best epoch, its validation mAP and its checkpoint."""
+    data_digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What the run is trained on; a run goes on with the same alone."""
     waiting: list = dataclasses.field(default_factory=list)
     """Figures of the step before that are still on their way from the GPU."""
 
@@ -84,7 +87,13 @@ def autocast_type(settings: TrainSettings, device: torch.device) -> torch.dtype 
 def new_state(
     settings: TrainSettings, world: World, model: CamClassifier, num_classes: int, steps_per_epoch: int
 ) -> TrainState:
-    """A run before its first step."""
+    """A run before its first step. Seeds torch's generators, which draw for networks with random depth.
+
+    Raises SettingsError for SyncBatchNorm without a GPU.
+    """
+    if settings.model.batch_norm == "sync" and world.device.type != "cuda":
+        raise SettingsError("model.batch_norm is sync, which needs GPUs; take worker or frozen")
+    torch.manual_seed((settings.seed + 1) * 1_000_003 + world.rank)
     model = model.to(world.device)
     averaged = None
     if settings.optimiser.average:
@@ -141,13 +150,19 @@ def share_corrections(state: TrainState) -> None:
             state.overlay.add(codes)
 
 
+def _generators(device: torch.device) -> list[torch.Tensor]:
+    """States of the generators that a network may draw from on this device."""
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
+
+
 def save_state(state: TrainState) -> Checkpoint | None:
     """A checkpoint of the whole run on the first worker, None on the others. All workers must call it."""
     share_corrections(state)
     totals = state.world.sum(state.loss_sum.clone()), state.world.sum(state.counts.clone())
     state.loss_sum.copy_(totals[0] if state.world.first else torch.zeros_like(totals[0]))
     state.counts.copy_(totals[1] if state.world.first else torch.zeros_like(totals[1]))
-    generators = state.world.gather_objects(torch.get_rng_state().numpy().tobytes())
+    generators = state.world.gather_objects([g.numpy().tobytes() for g in _generators(state.world.device)])
     if not state.world.first:
         return None
     moments = state.optimiser.state_dict()["state"]
@@ -159,8 +174,9 @@ def save_state(state: TrainState) -> Checkpoint | None:
             "loss_sum": state.loss_sum,
             "counts": state.counts,
             **{
-                f"generator.{rank}": torch.frombuffer(bytearray(g), dtype=torch.uint8)
-                for rank, g in enumerate(generators)
+                f"generator.{rank}.{place}": torch.frombuffer(bytearray(drawn), dtype=torch.uint8)
+                for rank, own in enumerate(generators)
+                for place, drawn in enumerate(own)
             },
         },
     }
@@ -176,6 +192,7 @@ def save_state(state: TrainState) -> Checkpoint | None:
         "history": state.history,
         "best": state.best,
         "workers": state.world.size,
+        "data": state.data_digests,
     }
     return Checkpoint(tensors, facts)
 
@@ -192,14 +209,20 @@ def load_state(state: TrainState, checkpoint: Checkpoint) -> None:
         moments.setdefault(int(place), {})[key] = value
     groups = state.optimiser.state_dict()["param_groups"]
     state.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+    for parameter, slot in state.optimiser.state.items():  # laid out in memory as the optimiser does it itself
+        for key, value in slot.items():
+            if value.shape == parameter.shape:
+                slot[key] = torch.empty_like(parameter).copy_(value)
     progress = tensors["progress"]
     state.overlay = LabelOverlay(state.num_classes, progress["overlay"].numpy())
     if state.world.first:
         state.loss_sum.copy_(progress["loss_sum"])
         state.counts.copy_(progress["counts"])
-    own = progress.get(f"generator.{state.world.rank}")
-    if own is not None:
-        torch.set_rng_state(own)
+    own = [progress.get(f"generator.{state.world.rank}.{place}") for place in range(2)]
+    if own[0] is not None:
+        torch.set_rng_state(own[0])
+    if own[1] is not None and state.world.device.type == "cuda":
+        torch.cuda.set_rng_state(own[1], state.world.device)
     state.scaler.load_state_dict(facts["scaler"])
     state.epoch, state.step, state.optimiser_step = facts["epoch"], facts["step"], facts["optimiser_step"]
     state.history, state.best = facts["history"], facts["best"]

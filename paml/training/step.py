@@ -64,7 +64,7 @@ def _no_sync(state: TrainState) -> contextlib.AbstractContextManager:
 def _forward(state: TrainState, images_BCHW: torch.Tensor) -> torch.Tensor:
     """Logits [B, K]. A worker without images still takes part in every collective, by a picture that counts nothing."""
     alpha = state.settings.boost.train
-    if len(images_BCHW):
+    if len(images_BCHW) or state.settings.model.batch_norm == "sync":  # SyncBatchNorm leaves an empty part out
         return state.network(images_BCHW, alpha)
     blank = images_BCHW.new_zeros((2, *images_BCHW.shape[1:]))
     return state.network(blank, alpha)[:0]
@@ -80,6 +80,7 @@ def _note(
     unobserved_BK = data.state_BK == UNOBSERVED
     false_BK = None if data.truth_BK is None else unobserved_BK & (data.truth_BK == POSITIVE)
     probe = [data.probe_BK == POSITIVE, data.probe_BK == NEGATIVE]
+    taken_BK = rejected_BK | (data.state_BK == POSITIVE)  # a hidden label is positive once LL-Cp has corrected it
     state.loss_sum += loss
     state.counts += torch.stack(
         [
@@ -88,7 +89,7 @@ def _note(
             rejected_BK.sum(),
             zero if false_BK is None else false_BK.sum(),
             zero if false_BK is None else (false_BK & rejected_BK).sum(),
-            *(count for hidden_BK in probe for count in (hidden_BK.sum(), (hidden_BK & rejected_BK).sum())),
+            *(count for hidden_BK in probe for count in (hidden_BK.sum(), (hidden_BK & taken_BK).sum())),
             zero + len(batch.bad),
         ]
     )

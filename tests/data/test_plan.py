@@ -1,0 +1,152 @@
+"""Invariant 3: the plan of an epoch, and its share for a worker."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paml.data.plan import EpochPlan, Samples, draw_flips, join, plan_epoch, worker_slots
+from paml.errors import SettingsError
+from paml.labels import LabelTable
+from paml.shards import Manifest
+from tests.helpers.prepared import key_of, write_states
+
+
+def samples_of(count: int, shards: int) -> Samples:
+    index = np.arange(count) * 3 + 1
+    return Samples(index=index, row=np.arange(count), shard=(np.arange(count) * shards // count).astype(np.int32))
+
+
+def plan_of(count: int = 100, batch: int = 8, epoch: int = 1, seed: int = 0, window: int = 32, shards: int = 5):
+    return plan_epoch(samples_of(count, shards), batch_size=batch, epoch=epoch, seed=seed, window=window)
+
+
+sizes = {
+    "count": st.integers(1, 300),
+    "batch": st.integers(1, 40),
+    "epoch": st.integers(0, 1000),
+    "seed": st.integers(0, 2**63),
+    "window": st.integers(1, 400),
+    "shards": st.integers(1, 9),
+}
+
+
+@given(**sizes)
+@settings(max_examples=60, deadline=None)
+def test_every_sample_comes_exactly_once_an_epoch(**drawn: int) -> None:
+    plan = plan_of(**drawn)
+    seen = np.concatenate([plan.batch(step, (0, drawn["batch"]))[1] for step in range(plan.steps)])
+    assert sorted(seen) == list(range(drawn["count"]))
+
+
+@given(workers=st.integers(1, 8), **sizes)
+@settings(max_examples=60, deadline=None)
+def test_the_global_batches_are_the_same_for_every_number_of_workers(workers: int, **drawn: int) -> None:
+    plan, batch = plan_of(**drawn), drawn["batch"]
+    ranges = [worker_slots(batch, rank, workers) for rank in range(workers)]
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == batch
+    assert all(before[1] == after[0] for before, after in zip(ranges, ranges[1:], strict=False))
+    shares = [hi - lo for lo, hi in ranges]
+    assert max(shares) - min(shares) <= 1
+    for step in range(plan.steps):
+        whole = plan.batch(step, (0, batch))
+        parts = [plan.batch(step, own) for own in ranges]
+        for place in range(2):
+            np.testing.assert_array_equal(np.concatenate([part[place] for part in parts]), whole[place])
+        assert len(whole[0]) == (batch if step < drawn["count"] // batch else drawn["count"] % batch)
+        np.testing.assert_array_equal(whole[0], np.arange(len(whole[0])))
+
+
+@given(**sizes)
+@settings(max_examples=40, deadline=None)
+def test_the_order_is_a_pure_function_of_its_arguments(**drawn: int) -> None:
+    first = plan_of(**drawn).order
+    np.testing.assert_array_equal(first, plan_of(**drawn).order)
+
+
+@given(window=st.integers(1, 60), seed=st.integers(0, 2**32), epoch=st.integers(0, 50))
+@settings(max_examples=40, deadline=None)
+def test_samples_stay_within_their_window_and_shards_stay_together(window: int, seed: int, epoch: int) -> None:
+    samples = samples_of(120, 6)
+    order = plan_of(120, 7, epoch, seed, window, shards=6).order
+    unshuffled = plan_epoch(samples, batch_size=7, epoch=epoch, seed=seed, window=1).order
+    np.testing.assert_array_equal(np.diff(np.flatnonzero(np.diff(samples.shard[unshuffled]))), np.full(4, 20))
+    for start in range(0, 120, window):
+        part = slice(start, start + window)
+        assert set(order[part]) == set(unshuffled[part])
+
+
+def test_the_order_differs_between_epochs_and_seeds_and_is_the_manifests_without_shuffling() -> None:
+    orders = [plan_of(epoch=epoch, seed=seed).order for epoch, seed in [(1, 0), (2, 0), (1, 1)]]
+    for other in orders[1:]:
+        assert (orders[0] != other).mean() > 0.8
+    plain = plan_epoch(samples_of(50, 3), batch_size=8, epoch=4, seed=9, window=16, shuffle=False)
+    np.testing.assert_array_equal(plain.order, np.arange(50))
+
+
+def test_a_stream_is_a_contiguous_run_so_that_a_worker_touches_few_shards() -> None:
+    samples = samples_of(4000, 40)
+    plan = plan_epoch(samples, batch_size=32, epoch=1, seed=0, window=200)
+    first, last = worker_slots(32, 1, 4)
+    mine = np.concatenate([plan.batch(step, (first, last))[1] for step in range(plan.steps)])
+    assert len(mine) == 1000
+    assert len(np.unique(samples.shard[mine])) <= 14
+
+
+def test_the_plan_is_fixed_for_ever() -> None:
+    """A checkpoint of today must go on with the same batches under a later version."""
+    assert plan_of(12, 4, window=6, shards=3).order.tolist() == [4, 9, 5, 6, 7, 8, 10, 2, 0, 3, 11, 1]
+    assert np.flatnonzero(draw_flips(0, 1, np.arange(16), 0.5)).tolist() == [2, 8, 9, 11, 12, 15]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_about_the_share_asked_is_flipped(share: float) -> None:
+    flips = draw_flips(3, 5, np.arange(20_000), share)
+    assert abs(flips.mean() - share) < 4 * np.sqrt(share * (1 - share) / 20_000) + 1e-9
+
+
+def test_flips_depend_on_seed_epoch_and_sample_alone() -> None:
+    items = np.arange(1000)
+    flips = draw_flips(3, 5, items, 0.5)
+    some = np.random.default_rng(0).permutation(items)[:100]
+    np.testing.assert_array_equal(draw_flips(3, 5, some, 0.5), flips[some])
+    for other in (draw_flips(4, 5, items, 0.5), draw_flips(3, 6, items, 0.5)):
+        assert 0.4 < (other != flips).mean() < 0.6
+
+
+@pytest.mark.parametrize("images", ["observed", "positive", "all"])
+def test_the_join_takes_the_images_asked_for(images: str, prepared, tmp_path) -> None:
+    manifest = Manifest.open(prepared / "shards" / "train")
+    keys = [key_of("train", number) for number in range(20)] + ["f" * 16]
+    seen = np.zeros((21, 12), dtype=bool)
+    truth = np.zeros((21, 12), dtype=bool)
+    seen[:15, 0] = True  # five images of the table have no label
+    truth[:8, 0] = True
+    write_states(tmp_path / "labels.arrow", keys, truth, seen)
+    table = LabelTable.open(tmp_path / "labels.arrow")
+    samples = join(manifest, table, images)  # type: ignore[arg-type]
+    wanted = {"observed": set(keys[:15]), "positive": set(keys[:8]), "all": set(manifest.keys().to_pylist())}[images]
+    assert {manifest.key(int(place)) for place in samples.index} == wanted
+    assert samples.missing == 1
+    assert samples.unlabelled == 46 - len(wanted)
+    for place, row, shard in zip(samples.index, samples.row, samples.shard, strict=True):
+        key = manifest.key(int(place))
+        assert (table.keys([int(row)]) == [key]) if row >= 0 else (key not in keys)
+        assert shard == manifest.shard[place]
+
+
+def test_a_table_of_other_images_is_refused(prepared, tmp_path) -> None:
+    write_states(tmp_path / "other.arrow", ["a" * 16], np.ones((1, 12), bool), np.ones((1, 12), bool))
+    manifest = Manifest.open(prepared / "shards" / "train")
+    with pytest.raises(SettingsError, match="none of the 46 images of .* same release and split"):
+        join(manifest, LabelTable.open(tmp_path / "other.arrow"))
+
+
+def test_a_batch_of_no_slots_is_refused() -> None:
+    with pytest.raises(SettingsError, match="batch_size is 0"):
+        plan_of(batch=0)
+
+
+def test_steps_count_a_short_last_batch() -> None:
+    assert [EpochPlan(np.arange(count), 8).steps for count in (1, 8, 9, 16)] == [1, 1, 2, 2]
