@@ -1,5 +1,7 @@
 """Invariant 3: the plan of an epoch, and its share for a worker."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -46,7 +48,7 @@ def test_the_global_batches_are_the_same_for_every_number_of_workers(workers: in
     ranges = [worker_slots(batch, rank, workers) for rank in range(workers)]
     assert ranges[0][0] == 0
     assert ranges[-1][1] == batch
-    assert all(before[1] == after[0] for before, after in zip(ranges, ranges[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(ranges))
     shares = [hi - lo for lo, hi in ranges]
     assert max(shares) - min(shares) <= 1
     for step in range(plan.steps):
@@ -139,7 +141,7 @@ def test_the_join_takes_the_images_asked_for(images: str, prepared, tmp_path) ->
 def test_a_table_of_other_images_is_refused(prepared, tmp_path) -> None:
     write_states(tmp_path / "other.arrow", ["a" * 16], np.ones((1, 12), bool), np.ones((1, 12), bool))
     manifest = Manifest.open(prepared / "shards" / "train")
-    with pytest.raises(SettingsError, match="none of the 46 images of .* same release and split"):
+    with pytest.raises(SettingsError, match=r"none of the 46 images of .* same release and split"):
         join(manifest, LabelTable.open(tmp_path / "other.arrow"))
 
 
