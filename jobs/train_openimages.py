@@ -8,10 +8,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from paml import storage
 from paml.cli import read_settings, run_job
+from paml.errors import DataError
 from paml.training.settings import TrainSettings
 
 RECIPE = Path(__file__).resolve().parent / "recipes" / "openimages_v3.yaml"
+OPENIMAGES = "data/openimages_v3"
+TWO_COMMANDS = """Two commands make the Open Images V3 data (some 600 GB of downloads). Get the release and its images:
+  mkdir -p downloads && for part in annotations_human classes; do curl -fsSL \
+  https://storage.googleapis.com/openimages/2017_11/${part}_2017_11.tar.gz | tar xz -C downloads; done && \
+  aws s3 cp --no-sign-request --recursive s3://open-images-dataset/tar/ downloads/images/
+Make shards and label tables of them:
+  python jobs/prepare_openimages.py --config jobs/recipes/openimages_v3_data.yaml"""
 
 
 def main() -> int:
@@ -20,7 +29,12 @@ def main() -> int:
     def work() -> int:
         from paml.distributed.run import run_training
 
-        return run_training(settings)
+        try:
+            return run_training(settings)
+        except DataError as error:
+            if settings.data.root == OPENIMAGES and not storage.exists(OPENIMAGES):
+                raise DataError(f"{error}\n{TWO_COMMANDS}") from error
+            raise
 
     return run_job(work)
 

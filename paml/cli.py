@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from paml.errors import PamlError
+from paml.labels.states import LabelError
 from paml.storage import StorageError
 
 T = TypeVar("T")
+MENDABLE = (PamlError, LabelError)
+"""Their messages say what to do, so they are shown alone."""
 
 
 def read_settings(kind: type[T], description: str, default_config: str | None = None) -> T:
@@ -21,7 +24,8 @@ def read_settings(kind: type[T], description: str, default_config: str | None = 
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     files: list[str | os.PathLike] = []
-    if default_config and os.path.exists(default_config):
+    given = any(argument.split("=")[0] == "--config" for argument in sys.argv[1:])
+    if default_config and not given and os.path.exists(default_config):
         files.append(default_config)
     parser = ArgumentParser(description=description, default_config_files=files)
     parser.add_argument("--config", action="config", help="a YAML file of settings; options after it win")
@@ -30,7 +34,7 @@ def read_settings(kind: type[T], description: str, default_config: str | None = 
     parsed.pop("config", None)
     try:
         return kind(**parser.instantiate(parsed).as_dict())
-    except PamlError as error:
+    except MENDABLE as error:
         parser.error(str(error))
 
 
@@ -38,6 +42,8 @@ def run_job(work: Callable[[], int | None]) -> int:
     """Run a job; errors that the user can mend end in one message and status 1, all others in a traceback."""
     try:
         return work() or 0
-    except (PamlError, StorageError) as error:
+    except StorageError as error:
+        print(f"error: {error.strerror or error}", file=sys.stderr, flush=True)
+    except MENDABLE as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    return 1

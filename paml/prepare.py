@@ -4,7 +4,9 @@
 <out>/labels/{split}.arrow, {split}-full.arrow (full labels, where known), train-single.arrow (protocol)
 """
 
+import csv
 import dataclasses
+import io
 from collections.abc import Callable, Iterable
 
 from paml import storage
@@ -82,6 +84,11 @@ def _source(settings: PrepareSettings, split: str) -> tuple[Iterable, int]:
     return iter_tars(tars), count_tars(tars)
 
 
+def _first_rejects(folder: str, count: int = 3) -> list[list[str]]:
+    text = storage.read_bytes(storage.join(folder, "rejects.csv")).decode()
+    return list(csv.reader(io.StringIO(text)))[1 : count + 1]
+
+
 def prepare(settings: PrepareSettings, say: Callable[[str], None] = print) -> None:
     """Make or complete the prepared folder; a run that was cut off goes on where it stood.
 
@@ -106,4 +113,7 @@ def prepare(settings: PrepareSettings, say: Callable[[str], None] = print) -> No
             workers=settings.workers,
         )
         say(f"shards of {split}: {report}")
+        if report.rejected:
+            for key, reason in _first_rejects(report.folder):
+                say(f"  rejected: {key}: {reason}")
     say(f"prepared: give data.root = {settings.out} to jobs/train_openimages.py")

@@ -1,0 +1,46 @@
+"""Ten kills of workers, of the driver and of the whole Ray at random moments: the weights end bit for bit the same."""
+
+import statistics
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.jobs import prepare_scenes, write_scenes
+from tests.helpers.kills import Kill, OwnRay, differing, killed, unbroken
+
+
+def report(kills: list[Kill]) -> str:
+    """The kills by kind, and seconds until training was further than before."""
+    lines = [f"{'kill of':<8} {'workers':>7} {'kills':>5} {'median s':>9} {'worst s':>8}"]
+    for kind in ("worker", "driver", "ray"):
+        for workers in sorted({each.workers for each in kills}):
+            seconds = [each.seconds for each in kills if each.kind == kind and each.workers == workers]
+            if seconds:
+                lines.append(
+                    f"{kind:<8} {workers:>7} {len(seconds):>5} {statistics.median(seconds):>9.1f} {max(seconds):>8.1f}"
+                )
+    steps = ", ".join(f"{each.kind} after step {each.step} ({each.workers} workers)" for each in kills)
+    return "\n".join([*lines, f"in order: {steps}"])
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_ten_kills_leave_the_same_bits(tmp_path: Path):
+    data = prepare_scenes(write_scenes(tmp_path / "scenes"), tmp_path / "data")
+    ray, all_kills, wrong = OwnRay(), [], {}
+    ray.start()
+    try:
+        for workers, kinds in {
+            2: ["worker", "driver", "ray", "worker", "driver"],
+            3: ["driver", "worker", "ray", "ray", "worker"],
+        }.items():
+            whole = unbroken(data, tmp_path / "runs", workers, ray)
+            assert any(value.numel() for name, value in whole.items() if name == "progress/overlay")
+            broken, kills = killed(data, tmp_path / "runs", workers, ray, kinds, seed=workers)
+            all_kills += kills
+            wrong[workers] = differing(whole, broken)
+    finally:
+        ray.stop()
+    print("\n" + report(all_kills))
+    assert len(all_kills) == 10
+    assert wrong == {2: [], 3: []}
