@@ -21,7 +21,8 @@ from paml.distributed.local_head import ray_head
 from paml.errors import PamlError
 
 DATA = Path("data/demo")
-SIDE = 96
+SIDE = 64
+IMAGES = {"train": 4000, "validation": 600, "test": 900}
 RECIPE = "jobs/recipes/demo.yaml"
 ROWS = {
     "AN": ["--loss.name=an", "--boost.train=1", "--boost.eval=1"],
@@ -35,10 +36,10 @@ def make_data(seed: int) -> Path:
     from paml.shards import ShardSettings
     from paml.sources.digit_scenes import write_digit_scenes
 
-    scenes = DATA / f"scenes-{seed}"
-    report = write_digit_scenes(scenes, size=SIDE, seed=seed, progress=_bar("drawing scenes"))
+    scenes = DATA / f"scenes-{SIDE}px-{IMAGES['train']}-seed{seed}"
+    report = write_digit_scenes(scenes, images=IMAGES, size=SIDE, seed=seed, progress=_bar("drawing scenes"))
     print(report, flush=True)
-    out = DATA / f"prepared-{seed}"
+    out = scenes / "prepared"
     settings = PrepareSettings(
         out=str(out),
         release=str(scenes / "2017_11"),
