@@ -1,0 +1,38 @@
+"""The real job and a real MLflow server that dies in the middle: nothing is lost, and training does not notice."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.jobs import ROOT, environment, newest_step, prepare_scenes, tiny_options, train_job, write_scenes
+from tests.tracking.conftest import MlflowServer, differences
+
+
+@pytest.mark.slow
+def test_server_killed_in_mid_run_is_refilled(tmp_path: Path):
+    data = prepare_scenes(write_scenes(tmp_path / "scenes", train=60, others=20), tmp_path / "data")
+    run = tmp_path / "runs" / "followed"
+    options = tiny_options(
+        data, tmp_path / "runs", "followed", epochs=8, loss__name="ll-r", run__mlflow="true", run__system_seconds=1
+    )
+    server = MlflowServer(tmp_path)
+    server.start()
+    try:
+        job = train_job(options, tmp_path / "job.log", env=environment(MLFLOW_TRACKING_URI=server.uri))
+        job.until(lambda: newest_step(run) >= 6, "epoch 2")
+        server.kill()
+        assert job.wait() == 0
+        command = f"python -m paml.tracking {run} --tracking-uri {server.uri}"
+        assert job.output.count("is away") == 1
+        assert command in job.output
+
+        server.start()
+        assert differences(str(run), server.uri)
+        refill = [sys.executable, *command.split()[1:]]
+        done = subprocess.run(refill, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert differences(str(run), server.uri) == []
+    finally:
+        server.kill()
