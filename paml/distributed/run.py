@@ -65,7 +65,7 @@ def run_training(settings: TrainSettings) -> int:
             if follower is not None:
                 follower.close(timeout=10.0)
             raise
-    if follower is not None and follower.close(timeout=120.0) == 0:
+    if follower is not None and follower.close(timeout=60.0) == 0:
         print(f"MLflow: {follower.tracking_uri}, experiment {settings.run.experiment}, run {follower.run_id}")
     return 0
 
