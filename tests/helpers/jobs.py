@@ -88,7 +88,7 @@ class Job:
         """What it has said so far."""
         return self.log.read_text(errors="replace")
 
-    def wait(self, seconds: float = 240.0) -> int:
+    def wait(self, seconds: float = 600.0) -> int:
         """Its exit status; the test fails with its output where it does not end in time."""
         try:
             return self.process.wait(seconds)
@@ -96,7 +96,7 @@ class Job:
             self.kill()
             raise AssertionError(f"the job did not end within {seconds:g} s:\n{self.output[-6000:]}") from None
 
-    def until(self, condition: Callable[[], object], what: str, seconds: float = 180.0) -> None:
+    def until(self, condition: Callable[[], object], what: str, seconds: float = 300.0) -> None:
         """Wait for something while the job runs."""
         end = time.monotonic() + seconds
         while not condition():

@@ -138,7 +138,7 @@ def killed(
             else:
                 left = ray.processes()
                 ray.kill()
-            assert job.wait(120) != 0, job.output
+            assert job.wait(240) != 0, job.output
             assert not gone([*old, *left]), "processes of the killed run are left"
             if kind == "ray":
                 ray.start()
