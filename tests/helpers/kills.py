@@ -2,7 +2,6 @@
 
 import dataclasses
 import random
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ import torch
 
 from paml.distributed.local_head import ray_head
 from paml.training.checkpoint import committed, read_checkpoint
-from tests.helpers.jobs import ROOT, WORKER, Job, environment, gone, kill, named, newest_step, tiny_options, train_job
+from tests.helpers.jobs import ROOT, WORKER, environment, gone, kill, named, newest_step, tiny_options, train_job
 
 EPOCHS, STEPS = 6, 10  # 200 images in batches of 20
 

@@ -1,4 +1,4 @@
-"""Ten kills, of workers, of the driver and of the whole Ray, at random moments: the weights end bit for bit the same."""
+"""Ten kills of workers, driver and whole Ray at random moments: the weights end bit for bit the same."""
 
 import statistics
 from pathlib import Path
