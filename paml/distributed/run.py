@@ -55,9 +55,13 @@ def run_training(settings: TrainSettings) -> int:
             _report(result, settings, data, run_folder, journal)
             journal.status("FINISHED")
         except Stopped as stop:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
             journal.status("KILLED")
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait for MLflow
             if follower is not None:
-                follower.close(timeout=1.5)
+                submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # `ray job stop` leaves three seconds
+                follower.close(timeout=1.5 if submitted else 15.0)
             print(f"stopped; go on with --run.resume true --run.name {settings.run.name}", file=sys.stderr, flush=True)
             raise SystemExit(128 + int(stop.args[0])) from None
         except BaseException:

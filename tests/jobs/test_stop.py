@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from paml.tracking.view import read_memory
 from tests.helpers.jobs import (
     ROOT,
     gone,
@@ -48,6 +49,7 @@ def test_signal_stops_the_job(data: Path, tmp_path: Path, number: int, workers: 
     options = tiny_options(data, runs, "stopped", **LONG, **changes)
     job = train_job(options, tmp_path / "first.log")
     job.until(lambda: newest_step(runs / "stopped") >= 4, "step 4")
+    job.until(lambda: read_memory(str(runs / "stopped")), "MLflow")
     started = job.descendants()
     job.process.send_signal(number)
     assert job.wait(60) == status, job.output
@@ -59,6 +61,7 @@ def test_signal_stops_the_job(data: Path, tmp_path: Path, number: int, workers: 
     reached = newest_step(runs / "stopped")
     job = train_job([*options, "--run.resume", "true"], tmp_path / "second.log")
     job.until(lambda: newest_step(runs / "stopped") > reached, "a step further")
+    job.until(lambda: status_in_mlflow(runs, "stopped") == ["RUNNING"], "MLflow")
     assert "going on at epoch" in job.output
     started = job.descendants()
     job.process.send_signal(signal.SIGTERM)
@@ -93,7 +96,7 @@ def test_ray_job_stop(data: Path, tmp_path: Path):
         assert submitted.returncode == 0, submitted.stdout
         found = re.search(r"raysubmit_\w+", submitted.stdout)
         assert found is not None
-        wait_for(lambda: newest_step(runs / "stopped") >= 4)
+        wait_for(lambda: newest_step(runs / "stopped") >= 4 and read_memory(str(runs / "stopped")))
         started = [
             process for process in ray.processes() if process.pid not in idle and "train_openimages" in line_of(process)
         ]
