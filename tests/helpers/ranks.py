@@ -13,12 +13,14 @@ from typing import Any
 
 
 def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 120) -> list[Any]:
-    """[function(rank, *args) of each rank], run in spawned processes with torch.distributed started.
+    """[function(rank, *args) of each rank], run in processes of their own with torch.distributed started.
 
     `function` stands at the top level of a module, so that a process can import it. The first worker that fails has its
     error raised here, with its traceback; the others are stopped, as they are after `timeout_s`.
     """
-    context = multiprocessing.get_context("spawn")
+    # Forked off a server that has imported torch once and computed nothing, so that a worker starts within a moment.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers.runs"])
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_worker, args=(function, rank, ranks, folder, timeout_s, args), daemon=True)

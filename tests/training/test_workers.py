@@ -17,7 +17,15 @@ STEPS = 20
 
 @cache
 def traces(root: Path, workers: int) -> list[Trace]:
-    settings = tiny_settings(root, root / "none", model={"batch_norm": "frozen"}, data={"probe": 0.0}, epochs=4, seed=3)
+    # At ten times this rate Adam carries a rounding error over a kink of the network (ReLU, max pooling) now and then.
+    settings = tiny_settings(
+        root,
+        root / "none",
+        model={"batch_norm": "frozen"},
+        data={"probe": 0.0},
+        optimiser={"learning_rate": 1e-4},
+        epochs=4,
+    )
     if workers == 1:
         return [trace_steps(0, settings, STEPS)]
     return run_on_ranks(trace_steps, workers, settings, STEPS)
@@ -64,7 +72,7 @@ def test_weights_stay_equal_on_all_workers_and_close_to_those_of_one(pair: tuple
     for name, value in alone.weights.items():
         for trace in several:
             assert torch.equal(trace.weights[name], several[0].weights[name])
-        torch.testing.assert_close(several[0].weights[name], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(several[0].weights[name], value, rtol=1e-3, atol=2e-5)
 
 
 def test_every_image_is_scored_once(pair: tuple[Trace, list[Trace]]) -> None:
