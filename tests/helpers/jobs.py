@@ -73,7 +73,7 @@ def tiny_options(data: Path, runs: Path, name: str, **options: object) -> list[s
 
 
 class Job:
-    """A command in a process of its own, its output in a file."""
+    """A command in a process of its own, its output in a file; as a context it leaves nothing running."""
 
     def __init__(self, command: list[str], log: Path, *, env: Mapping[str, str], cwd: Path = ROOT) -> None:
         self.log = log
@@ -82,6 +82,17 @@ class Job:
             self.process = subprocess.Popen(
                 command, cwd=cwd, env=dict(env), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Kill it where it still runs."""
+        if self.process.poll() is None:
+            self.kill()
 
     @property
     def output(self) -> str:

@@ -102,8 +102,9 @@ def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -
 def unbroken(data: Path, runs: Path, workers: int, ray: OwnRay, epochs: int = EPOCHS) -> dict[str, torch.Tensor]:
     """The last checkpoint of a run that nobody disturbed."""
     name = f"unbroken-{workers}"
-    job = train_job(hard_options(data, runs, name, workers, epochs), runs.parent / f"{name}.log", env=ray.environment)
-    assert job.wait() == 0, job.output
+    options = hard_options(data, runs, name, workers, epochs)
+    with train_job(options, runs.parent / f"{name}.log", env=ray.environment) as job:
+        assert job.wait() == 0, job.output
     assert newest_step(runs / name) == epochs * STEPS
     return final_tensors(runs / name)
 
@@ -122,32 +123,35 @@ def killed(
     job = train_job(options, log.with_suffix(".0.log"), env=ray.environment)
     part = (epochs * STEPS - 6) / len(kinds)
     kills: list[Kill] = []
-    for place, kind in enumerate(kinds):
-        target = int(part * (place + rng.random())) + 1
-        job.until(lambda target=target: newest_step(folder) >= target, f"step {target}")
-        time.sleep(rng.random() * 0.3)
-        begun, done = time.monotonic(), Kill(kind, workers, newest_step(folder))
-        if kind == "worker":
-            kill(rng.choice(named(ray.processes(), WORKER)[-workers:]))
-        else:
-            old = [*job.descendants(), psutil.Process(job.process.pid)]
-            if kind == "driver":
-                kill(old[-1])
-                left = named(ray.processes(), WORKER)
+    try:
+        for place, kind in enumerate(kinds):
+            target = int(part * (place + rng.random())) + 1
+            job.until(lambda target=target: newest_step(folder) >= target, f"step {target}")
+            time.sleep(rng.random() * 0.3)
+            begun, done = time.monotonic(), Kill(kind, workers, newest_step(folder))
+            if kind == "worker":
+                kill(rng.choice(named(ray.processes(), WORKER)[-workers:]))
             else:
-                left = ray.processes()
-                ray.kill()
-            assert job.wait(240) != 0, job.output
-            assert not gone([*old, *left]), "processes of the killed run are left"
-            if kind == "ray":
-                ray.start()
-            job = train_job(
-                [*options, "--run.resume", "true"], log.with_suffix(f".{place + 1}.log"), env=ray.environment
-            )
-        before = newest_step(folder)
-        job.until(lambda before=before: newest_step(folder) > before, f"recovery from kill {place + 1} ({kind})")
-        done.seconds = time.monotonic() - begun
-        kills.append(done)
-    assert job.wait() == 0, job.output
+                old = [*job.descendants(), psutil.Process(job.process.pid)]
+                if kind == "driver":
+                    kill(old[-1])
+                    left = named(ray.processes(), WORKER)
+                else:
+                    left = ray.processes()
+                    ray.kill()
+                assert job.wait(240) != 0, job.output
+                assert not gone([*old, *left]), "processes of the killed run are left"
+                if kind == "ray":
+                    ray.start()
+                job = train_job(
+                    [*options, "--run.resume", "true"], log.with_suffix(f".{place + 1}.log"), env=ray.environment
+                )
+            before = newest_step(folder)
+            job.until(lambda before=before: newest_step(folder) > before, f"recovery from kill {place + 1} ({kind})")
+            done.seconds = time.monotonic() - begun
+            kills.append(done)
+        assert job.wait() == 0, job.output
+    finally:
+        job.end()
     assert newest_step(folder) == epochs * STEPS
     return final_tensors(folder), kills

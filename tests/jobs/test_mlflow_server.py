@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from paml.tracking.view import read_memory
 from tests.helpers.jobs import ROOT, environment, newest_step, prepare_scenes, tiny_options, train_job, write_scenes
 from tests.tracking.conftest import MlflowServer, differences
 
@@ -20,10 +21,10 @@ def test_server_killed_in_mid_run_is_refilled(tmp_path: Path):
     server = MlflowServer(tmp_path)
     server.start()
     try:
-        job = train_job(options, tmp_path / "job.log", env=environment(MLFLOW_TRACKING_URI=server.uri))
-        job.until(lambda: newest_step(run) >= 6, "epoch 2")
-        server.kill()
-        assert job.wait() == 0
+        with train_job(options, tmp_path / "job.log", env=environment(MLFLOW_TRACKING_URI=server.uri)) as job:
+            job.until(lambda: newest_step(run) >= 6 and read_memory(str(run)), "epoch 2 in MLflow")
+            server.kill()
+            assert job.wait() == 0
         command = f"python -m paml.tracking {run} --tracking-uri {server.uri}"
         assert job.output.count("is away") == 1
         assert command in job.output

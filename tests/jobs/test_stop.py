@@ -47,25 +47,25 @@ def test_signal_stops_the_job(data: Path, tmp_path: Path, number: int, workers: 
     runs = tmp_path / "runs"
     changes = {"workers__num_workers": workers, "workers__address": "local"} if workers else {}
     options = tiny_options(data, runs, "stopped", **LONG, **changes)
-    job = train_job(options, tmp_path / "first.log")
-    job.until(lambda: newest_step(runs / "stopped") >= 4, "step 4")
-    job.until(lambda: read_memory(str(runs / "stopped")), "MLflow")
-    started = job.descendants()
-    job.process.send_signal(number)
-    assert job.wait(60) == status, job.output
+    with train_job(options, tmp_path / "first.log") as job:
+        job.until(lambda: newest_step(runs / "stopped") >= 4, "step 4")
+        job.until(lambda: read_memory(str(runs / "stopped")), "MLflow")
+        started = job.descendants()
+        job.process.send_signal(number)
+        assert job.wait(60) == status, job.output
     assert gone(started) == []
     assert "stopped; go on with --run.resume true --run.name stopped" in job.output
     assert "Traceback" not in job.output
     assert status_in_mlflow(runs, "stopped") == ["KILLED"]
 
     reached = newest_step(runs / "stopped")
-    job = train_job([*options, "--run.resume", "true"], tmp_path / "second.log")
-    job.until(lambda: newest_step(runs / "stopped") > reached, "a step further")
-    job.until(lambda: status_in_mlflow(runs, "stopped") == ["RUNNING"], "MLflow")
-    assert "going on at epoch" in job.output
-    started = job.descendants()
-    job.process.send_signal(signal.SIGTERM)
-    assert job.wait(60) == 143
+    with train_job([*options, "--run.resume", "true"], tmp_path / "second.log") as job:
+        job.until(lambda: newest_step(runs / "stopped") > reached, "a step further")
+        job.until(lambda: "going on at epoch" in job.output, "its first line")
+        job.until(lambda: status_in_mlflow(runs, "stopped") == ["RUNNING"], "MLflow")
+        started = job.descendants()
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait(60) == 143
     assert gone(started) == []
     assert status_in_mlflow(runs, "stopped") == ["KILLED"]
 
