@@ -1,0 +1,39 @@
+"""What the demo shows must hold for other seeds too."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs import demo
+from paml.training.loop import Watcher, train
+from paml.training.settings import TrainSettings, flatten, unflatten
+from paml.training.world import World
+
+
+def _best_test_map(root: Path, data: Path, seed: int, options: list[str]) -> float:
+    """Test mAP of the epoch that validation chose, by the demo's recipe with its options, in this process."""
+    flat = flatten(yaml.safe_load((demo.ROOT / demo.RECIPE).read_text()))
+    flat |= dict(yaml.safe_load(option.removeprefix("--").replace("=", ": ")).popitem() for option in options)
+    flat |= {"seed": seed, "data.root": str(data), "run.storage": str(root)}
+    settings = unflatten(TrainSettings, flat)
+    settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, name=settings.loss.name))
+    result = train(settings, World(), Watcher())
+    return result.test[f"{settings.boost.eval:g}"].map
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_llr_with_boostlu_beats_an_over_three_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "DATA", tmp_path)
+    gains = []
+    for seed in range(3):
+        data = demo.make_data(seed)
+        maps = {
+            title: _best_test_map(tmp_path / f"runs-{seed}", data, seed, options)
+            for title, options in demo.ROWS.items()
+        }
+        gains.append(maps["LL-R + BoostLU"] - maps["AN"])
+        print(f"seed {seed}: {maps}", flush=True)
+    assert min(gains) > 0, f"gains in test mAP by seed: {gains}"
