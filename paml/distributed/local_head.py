@@ -28,7 +28,7 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def ray_head(folder: Path, *, cpus: int | None = None, start_seconds: float = 90.0) -> Iterator[dict[str, str]]:
+def ray_head(folder: Path, *, cpus: int | None = None, start_seconds: float = 240.0) -> Iterator[dict[str, str]]:
     """Start a head with `folder` as its working directory; yields the environment in which jobs find it.
 
     Only this machine can reach it. On leaving, this head and its workers are stopped and no other Ray. Raises

@@ -21,12 +21,19 @@ PREPARE = str(ROOT / "jobs" / "prepare_openimages.py")
 # Names of what Ray 2.5x and later call their processes.
 WORKER = "ray::RayTrainWorker"
 
+QUIET = {
+    "OMP_NUM_THREADS": "1",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_worker_niceness": "0",  # Ray's default starves its workers where the machine has other work
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PYTHONUNBUFFERED": "1",
+}
+
 
 def environment(**changes: str) -> dict[str, str]:
     """The environment of a job: one thread, no token, no Ray or MLflow of somebody else."""
     kept = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    quiet = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    return kept | quiet | {"PYTHONUNBUFFERED": "1"} | changes
+    return kept | QUIET | changes
 
 
 def write_scenes(folder: Path, *, train: int = 200, others: int = 40, size: int = 32) -> Path:

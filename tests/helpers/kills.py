@@ -1,6 +1,7 @@
 """Training through Ray that is killed again and again, and what its last checkpoint holds in the end."""
 
 import dataclasses
+import os
 import random
 import time
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import torch
 
 from paml.distributed.local_head import ray_head
 from paml.training.checkpoint import committed, read_checkpoint
-from tests.helpers.jobs import ROOT, WORKER, environment, gone, kill, named, newest_step, tiny_options, train_job
+from tests.helpers.jobs import QUIET, ROOT, WORKER, environment, gone, kill, named, newest_step, tiny_options, train_job
 
 EPOCHS, STEPS = 6, 10  # 200 images in batches of 20
 
@@ -44,6 +45,7 @@ class OwnRay:
 
     def start(self) -> None:
         """Up, on new ports."""
+        os.environ.update(QUIET)
         before = {process.pid for process in psutil.Process().children()}
         self.environment = environment(**self._stack.enter_context(ray_head(ROOT, cpus=2)))
         (self._head,) = [process for process in psutil.Process().children() if process.pid not in before]

@@ -1,5 +1,6 @@
 """`ray job submit`, with --working-dir . and without, from a checkout that nothing else knows of."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from paml.distributed.local_head import ray_head
-from tests.helpers.jobs import ROOT, environment, newest_step, prepare_scenes, tiny_options, write_scenes
+from tests.helpers.jobs import QUIET, ROOT, environment, newest_step, prepare_scenes, tiny_options, write_scenes
 
 WHERE = """
 import sys
@@ -42,6 +43,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def head(checkout: Path) -> Iterator[dict[str, str]]:
+    os.environ.update(QUIET)
     with ray_head(checkout, cpus=2) as found:
         yield environment(**found)
 
