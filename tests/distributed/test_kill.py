@@ -9,6 +9,7 @@ from tests.helpers.kills import OwnRay, differing, killed, unbroken
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_worker_leaves_the_same_bits(tmp_path: Path):
     data = prepare_scenes(write_scenes(tmp_path / "scenes"), tmp_path / "data")
     ray = OwnRay()

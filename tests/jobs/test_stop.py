@@ -40,6 +40,7 @@ def status_in_mlflow(runs: Path, name: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("number", "workers", "status"), [(signal.SIGTERM, 0, 143), (signal.SIGINT, 2, 130)])
 def test_signal_stops_the_job(data: Path, tmp_path: Path, number: int, workers: int, status: int):
     runs = tmp_path / "runs"
@@ -83,6 +84,7 @@ def ray_job(ray: OwnRay, *arguments: str, seconds: float = 240) -> subprocess.Co
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_ray_job_stop(data: Path, tmp_path: Path):
     runs = tmp_path / "runs"
     options = tiny_options(data, runs, "stopped", **LONG, workers__num_workers=2)

@@ -58,6 +58,7 @@ def submit(head: dict[str, str], checkout: Path, *arguments: str) -> tuple[int, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_workers_find_the_jobs_own_paml(head: dict[str, str], checkout: Path):
     status, said = submit(head, checkout, "--", "python", "where.py")
     assert status == 0, said
@@ -70,6 +71,7 @@ def test_workers_find_the_jobs_own_paml(head: dict[str, str], checkout: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("upload", [False, True], ids=["without", "with_working_dir"])
 def test_submitted_job_trains(head: dict[str, str], checkout: Path, tmp_path: Path, upload: bool):
     data = prepare_scenes(write_scenes(tmp_path / "scenes", train=60, others=20), tmp_path / "data")
@@ -83,6 +85,7 @@ def test_submitted_job_trains(head: dict[str, str], checkout: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_submitted_job_fails_with_its_message(head: dict[str, str], checkout: Path, tmp_path: Path):
     nothing = tmp_path / "nothing"
     command = ["--", "python", "jobs/train_openimages.py", "--data.root", str(nothing)]
