@@ -4,17 +4,19 @@ Among unobserved labels trained as negatives the loss softplus(x) rises with the
 float32 loss ties where the logits differ (for x << 0), the logits do not. Order: higher logit first; equal logits (0.0
 and -0.0 are equal) by slot, then class. A NaN ranks below all; `partial_label_loss` is NaN then, and the caller stops.
 
-Two ways to the same set:
+Three ways to the same set:
 - one worker on the CPU: numpy finds a bracket from a sample, then sorts the few labels above it;
-- several workers, or a GPU: a radix select over 32-bit keys that rise with the logit. Histograms of 11, 11 and 10 bits
-  are summed over the workers, then the number of ties in each slot: four small all-reduces in all, whatever the data,
-  so that a worker without images joins them like any other. On a GPU nothing waits for the device.
+- a GPU, one or several: a radix select over 32-bit keys that rise with the logit. Histograms of 11, 11 and 10 bits are
+  summed over the workers, then the number of ties in each slot: four small all-reduces in all, whatever the data, so
+  that a worker without images joins them like any other. Nothing waits for the device;
+- several workers on CPUs: the same radix select and the same all-reduces, but only over the labels above each worker's
+  own bracket. A rejected label is among the k highest of its own worker's part of the pool, and those lie above.
 
 Axes: B images of this worker, K classes, P pools, S slots of the global batch.
 """
 
 from fractions import Fraction
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -82,20 +84,15 @@ def select_rejected(
     check_inputs(logits_BK, candidate_BK, slots_B, batch_size, rate, reject_pool)
     if rate == 0 or batch_size == 0:
         return torch.zeros_like(candidate_BK)
-    several = group is not None and dist.get_world_size(group) > 1
-    if several or logits_BK.device.type != "cpu":
-        return select_by_histogram(
-            logits_BK, candidate_BK, slots_B, batch_size, rate, reject_of, reject_pool, group if several else None
-        )
-    flat = select_by_partition(
-        logits_BK.detach().numpy(),
-        np.flatnonzero(~candidate_BK.numpy()),
-        slots_B.numpy(),
-        batch_size,
-        rate,
-        reject_of,
-        reject_pool,
-    )
+    several = group if group is not None and dist.get_world_size(group) > 1 else None
+    if logits_BK.device.type != "cpu":
+        return select_by_histogram(logits_BK, candidate_BK, slots_B, batch_size, rate, reject_of, reject_pool, several)
+    logits, slots = logits_BK.detach().numpy(), slots_B.numpy()
+    observed = true_places(~candidate_BK.numpy().reshape(-1))
+    if several is None:
+        flat = select_by_partition(logits, observed, slots, batch_size, rate, reject_of, reject_pool)
+    else:
+        flat = select_by_exchange(logits, observed, slots, batch_size, rate, reject_of, reject_pool, several)
     rejected_BK = torch.zeros_like(candidate_BK)
     rejected_BK.numpy().reshape(-1)[flat] = True
     return rejected_BK
@@ -159,23 +156,10 @@ def select_by_partition(
     observed: flat indices, ascending, of the labels that are not candidates.
     """
     B, K = logits_BK.shape
-    P = num_pools(batch_size, reject_pool)
     if B == 0 or K == 0:
         return np.empty(0, np.int64)
-    order = None if B < 2 or (slots_B[1:] > slots_B[:-1]).all() else np.argsort(slots_B, kind="stable")
-    if order is not None:
-        is_observed_BK = np.zeros((B, K), bool)
-        is_observed_BK.reshape(-1)[observed] = True
-        logits_BK, slots_B = logits_BK[order], slots_B[order]
-        observed = np.flatnonzero(is_observed_BK[order])
-    size = reject_pool or batch_size
-    # Rows lie in the order of their slots now, so that a pool is a run of the flat logits.
-    if P == 1:
-        starts = np.array([0, B * K])
-        candidates = np.array([B * K - len(observed)])
-    else:
-        starts = np.searchsorted(slots_B, np.arange(P + 1) * size) * K
-        candidates = np.diff(starts) - np.diff(np.searchsorted(observed, starts))
+    logits_BK, observed, slots_B, order = _by_slots(logits_BK, observed, slots_B)
+    starts, candidates = _pools(observed, slots_B, K, batch_size, reject_pool)
     if reject_of == "unobserved":
         counts = candidates
     else:
@@ -186,15 +170,100 @@ def select_by_partition(
     flat = np.ascontiguousarray(logits_BK).reshape(-1)
     kept = _above_bracket(flat, observed, starts, wanted)
     keys = keys_of(flat[kept])
-    if P == 1:
+    if len(wanted) == 1:
         chosen = _first_k(keys, int(wanted[0]))
     else:
         pool = np.searchsorted(starts, kept, side="right") - 1
         chosen = _first_k_of_pools(keys, pool, wanted)
     rejected = kept[chosen]
-    if order is not None:
-        rejected = order[rejected // K] * K + rejected % K
-    return rejected
+    return rejected if order is None else order[rejected // K] * K + rejected % K
+
+
+def select_by_exchange(
+    logits_BK: np.ndarray,
+    observed: np.ndarray,
+    slots_B: np.ndarray,
+    batch_size: int,
+    rate: Fraction,
+    reject_of: str,
+    reject_pool: int | None,
+    group: RejectGroup | None,
+) -> np.ndarray:
+    """Flat indices into [B, K] of the labels to reject, for one of several workers on CPUs; all of them must call.
+
+    observed: flat indices, ascending, of the labels that are not candidates.
+    """
+    K = logits_BK.shape[1]
+    size, P = reject_pool or batch_size, num_pools(batch_size, reject_pool)
+    logits_BK, observed, slots_B, order = _by_slots(logits_BK, observed, slots_B)
+    starts, candidates = _pools(observed, slots_B, K, batch_size, reject_pool)
+    # k of a pool needs the candidates of all workers, but it is never above the rate's share of all labels.
+    # A tie that this worker leaves out comes after k labels of its own that go before it, so it is never needed.
+    exact = round_up_to(rate, MAX_POOL)
+    at_most = -(-images_in_pools(batch_size, reject_pool) * K * exact.numerator // exact.denominator)
+    flat = np.ascontiguousarray(logits_BK).reshape(-1)
+    kept = _above_bracket(flat, observed, starts, np.minimum(at_most, candidates))
+    key = keys_of(flat[kept]).astype(np.int64) + 2**31
+    pool = np.searchsorted(starts, kept, side="right") - 1
+
+    in_play = np.arange(len(kept))
+    threshold_P = np.zeros(P, np.int64)
+    needed_P = np.zeros(P, np.int64)
+    for shift, width in DIGITS:
+        D = 2**width
+        digit, own = (key[in_play] >> shift) & (D - 1), pool[in_play]
+        counts = np.bincount(own * D + digit, minlength=P * D).reshape(P, D)
+        # The candidates, also those that were left out, travel with the first histogram.
+        sums = _summed(np.column_stack([counts, candidates]), group)
+        counts_PD = sums[:, :D]
+        if shift == DIGITS[0][0]:
+            needed_P = _exact_k(torch.from_numpy(sums[:, D]), batch_size, K, rate, reject_of, reject_pool).numpy()
+        at_least_PD = counts_PD[:, ::-1].cumsum(1)[:, ::-1]
+        digit_P = np.maximum((at_least_PD >= needed_P[:, None]).sum(1) - 1, 0)
+        needed_P = needed_P - (at_least_PD - counts_PD)[np.arange(P), digit_P]
+        threshold_P |= digit_P << shift
+        in_play = in_play[digit == digit_P[own]]
+
+    # needed_P ties are left to take in each pool: by slot over all workers, then by class.
+    slot = slots_B[kept[in_play] // max(K, 1)]
+    ties_S = np.bincount(slot, minlength=batch_size)
+    before_S = _summed(ties_S, group)
+    before_S = before_S.cumsum() - before_S
+    rank = np.arange(len(slot)) - np.searchsorted(slot, slot)
+    before = before_S[slot] - before_S[slot // size * size]
+    taken = key > threshold_P[pool]
+    taken[in_play[before + rank < needed_P[slot // size]]] = True
+    rejected = kept[taken]
+    return rejected if order is None else order[rejected // K] * K + rejected % K
+
+
+def _summed(counts: np.ndarray, group: RejectGroup | None) -> np.ndarray:
+    """int64, the sum over the workers; sent as int32, which holds any count of a pool."""
+    sums = torch.from_numpy(counts.astype(np.int32))
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    return sums.numpy().astype(np.int64)
+
+
+def _by_slots(
+    logits_BK: np.ndarray, observed: np.ndarray, slots_B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """The same with rows in the order of their slots, so that a pool is a run of the flat logits; None: they were."""
+    if len(slots_B) < 2 or (slots_B[1:] > slots_B[:-1]).all():
+        return logits_BK, observed, slots_B, None
+    order = np.argsort(slots_B, kind="stable")
+    is_observed_BK = np.zeros(logits_BK.shape, bool)
+    is_observed_BK.reshape(-1)[observed] = True
+    return logits_BK[order], np.flatnonzero(is_observed_BK[order]), slots_B[order], order
+
+
+def _pools(
+    observed: np.ndarray, slots_B: np.ndarray, K: int, batch_size: int, reject_pool: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [P + 1] and [P]: where each pool starts in the flat logits of ordered rows, and its candidates there."""
+    size, P = reject_pool or batch_size, num_pools(batch_size, reject_pool)
+    starts = np.searchsorted(slots_B, np.arange(P + 1) * size) * K
+    return starts, np.diff(starts) - np.diff(np.searchsorted(observed, starts))
 
 
 def _above_bracket(flat: np.ndarray, observed: np.ndarray, starts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -280,20 +349,15 @@ def select_by_histogram(
     reject_of: str,
     reject_pool: int | None,
     group: RejectGroup | None,
-    *,
-    compress: bool | None = None,
 ) -> Tensor:
-    """The labels to reject, bool [B, K], by a radix select over all workers of `group`.
+    """The labels to reject, bool [B, K], by a radix select over all workers of `group`, on any device.
 
-    compress: drop the labels out of play between the digits. It is faster on a CPU and its default there; on a GPU the
-    sizes would have to be waited for, so that every pass runs over all labels.
+    Every pass runs over all labels, since the number of those still in play would have to be waited for.
     """
     B, K = logits_BK.shape
     P = num_pools(batch_size, reject_pool)
     size = reject_pool or batch_size
     device = logits_BK.device
-    if compress is None:
-        compress = device.type == "cpu"
     pool_B = slots_B // size
 
     bits_BK = (logits_BK.detach() + 0.0).view(torch.int32)
@@ -303,13 +367,8 @@ def select_by_histogram(
     unsigned_BK = key_BK.to(torch.int64) + 2**31
 
     # Labels in play: those whose leading digits equal their pool's threshold so far.
-    if compress:
-        play = candidate_BK.reshape(-1).nonzero().squeeze(1)
-        key, pool = unsigned_BK.reshape(-1)[play], pool_B[play // max(K, 1)]
-        in_play = None
-    else:
-        key, pool = unsigned_BK.reshape(-1), pool_B[:, None].expand(B, K).reshape(-1)
-        in_play = candidate_BK.reshape(-1)
+    key, pool = unsigned_BK.reshape(-1), pool_B[:, None].expand(B, K).reshape(-1)
+    in_play = candidate_BK.reshape(-1)
 
     needed_P = torch.zeros(P, dtype=torch.int64, device=device)
     threshold_P = torch.zeros(P, dtype=torch.int64, device=device)
@@ -326,11 +385,7 @@ def select_by_histogram(
         above_PD = at_least_PD - counts_PD
         needed_P = needed_P - above_PD.gather(1, digit_P[:, None]).squeeze(1)
         threshold_P = threshold_P | (digit_P << shift)
-        same = digit == digit_P[pool]
-        if compress:
-            key, pool = key[same], pool[same]
-        else:
-            in_play = cast(Tensor, in_play) & same
+        in_play = in_play & (digit == digit_P[pool])
 
     # needed_P ties are left to take in each pool: by slot over all workers, then by class.
     threshold_B = threshold_P[pool_B]
@@ -362,18 +417,14 @@ def _exact_k(
     return torch.minimum(k_P, candidates_P)
 
 
-def _histogram(digit: Tensor, pool: Tensor, in_play: Tensor | None, P: int, D: int) -> Tensor:
+def _histogram(digit: Tensor, pool: Tensor, in_play: Tensor, P: int, D: int) -> Tensor:
     """int32 [P, D]: labels in play by pool and digit."""
-    if digit.device.type == "cpu" and in_play is None:
-        counts = np.bincount((pool * D + digit).numpy(), minlength=P * D)
-        return torch.from_numpy(counts.astype(np.int32)).view(P, D)
     # On a GPU many labels share a digit: adding them into copies of the histogram keeps their additions apart. A label
     # out of play adds 0, at a place of its own.
     copies = max(1, 32 // P)
     place = torch.arange(len(digit), device=digit.device)
-    play = torch.ones_like(digit, dtype=torch.bool) if in_play is None else in_play
-    bin_ = torch.where(play, digit, place % D)
+    bin_ = torch.where(in_play, digit, place % D)
     index = (pool * copies + place % copies) * D + bin_
     counts = torch.zeros(P * copies * D, dtype=torch.int32, device=digit.device)
-    counts.scatter_add_(0, index, play.to(torch.int32))
+    counts.scatter_add_(0, index, in_play.to(torch.int32))
     return counts.view(P, copies, D).sum(1, dtype=torch.int32)

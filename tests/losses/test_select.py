@@ -1,4 +1,4 @@
-"""The selection against a plain sort, on both of its ways."""
+"""The selection against a plain sort, on each of its ways."""
 
 import math
 from fractions import Fraction
@@ -6,13 +6,15 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from paml.losses import select_rejected
 from paml.losses.blocks import BLOCK, in_blocks, true_places
-from paml.losses.select import MAX_POOL, num_pools, round_up_to, select_by_histogram
+from paml.losses.select import MAX_POOL, num_pools, round_up_to, select_by_exchange, select_by_histogram
+from tests.helpers.ranks import run_on_ranks
 
 
 def by_sorting(x, candidate, slots, batch_size, rate, reject_of, reject_pool):
@@ -43,10 +45,16 @@ def on_every_way(x, candidate, slots, batch_size, rate, reject_of, reject_pool):
         reject_of=reject_of,
         reject_pool=reject_pool,
     )
-    for compress in (True, False):
-        yield select_by_histogram(
-            x, candidate, slots, batch_size, rate, reject_of, reject_pool, None, compress=compress
-        )
+    yield select_by_histogram(x, candidate, slots, batch_size, rate, reject_of, reject_pool, None)
+    yield by_exchange(x, candidate, slots, batch_size, rate, reject_of, reject_pool, None)
+
+
+def by_exchange(x, candidate, slots, batch_size, rate, reject_of, reject_pool, group):
+    observed = np.flatnonzero(~candidate.numpy())
+    flat = select_by_exchange(x.numpy(), observed, slots.numpy(), batch_size, rate, reject_of, reject_pool, group)
+    rejected = torch.zeros_like(candidate)
+    rejected.view(-1)[torch.from_numpy(flat)] = True
+    return rejected
 
 
 LOGITS = st.one_of(
@@ -77,10 +85,10 @@ def test_equals_plain_sort(data, B, K, rate, reject_of, reject_pool):
         assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("ties", ["none", "bf16", "few values", "one value", "sorted"])
-@pytest.mark.parametrize("reject_pool", [None, 16, 50])
-def test_long_pools_with_a_bracket(ties, reject_pool):
-    """Long enough for the sampled bracket; a bad sample or heavy ties must not change the set."""
+TIES = ["none", "bf16", "few values", "one value", "sorted"]
+
+
+def long_pools(ties):
     B, K = 64, 3001
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(B, K, generator=generator) * 2 - 4
@@ -91,7 +99,58 @@ def test_long_pools_with_a_bracket(ties, reject_pool):
         "one value": torch.full_like(x, -3.0),
         "sorted": x.flatten().sort().values.view(B, K),
     }[ties]
-    candidate = torch.rand(B, K, generator=generator) > 0.02
+    return x, torch.rand(B, K, generator=generator) > 0.02
+
+
+def long_pools_on_workers(rank):
+    """Uneven shares out of order, so that the highest logits and the first ties lie on any of the workers."""
+    slots = [range(40, 64), range(5, 40), [4, 0, 3, 1, 2]][rank]
+    found = []
+    for ties in TIES:
+        x, candidate = (values[list(slots)] for values in long_pools(ties))
+        for pool, rate in ((None, Fraction(13, 1000)), (16, Fraction(1, 7)), (None, Fraction(1, 10**5))):
+            for reject_of in ("unobserved", "all"):
+                rejected = select_rejected(
+                    x,
+                    candidate,
+                    slots_B=torch.tensor(list(slots)),
+                    batch_size=64,
+                    rate=rate,
+                    reject_of=reject_of,
+                    reject_pool=pool,
+                    group=dist.group.WORLD,
+                )
+                found.append((list(slots), ties, pool, rate, reject_of, rejected.numpy()))
+    return found
+
+
+def test_long_pools_over_workers_lose_what_they_lose_on_one():
+    results = run_on_ranks(long_pools_on_workers, 3)
+    for parts in zip(*results, strict=True):
+        _, ties, pool, rate, reject_of, _ = parts[0]
+        x, candidate = long_pools(ties)
+        alone = select_rejected(
+            x,
+            candidate,
+            slots_B=torch.arange(64),
+            batch_size=64,
+            rate=rate,
+            reject_of=reject_of,
+            reject_pool=pool,
+        ).numpy()
+        together = np.zeros_like(alone)
+        for slots, *_, rejected in parts:
+            together[slots] = rejected
+        assert alone.any()
+        np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("reject_pool", [None, 16, 50])
+def test_long_pools_with_a_bracket(ties, reject_pool):
+    """Long enough for the sampled bracket; a bad sample or heavy ties must not change the set."""
+    x, candidate = long_pools(ties)
+    B = len(x)
     rate = Fraction(13, 1000)
     ways = list(on_every_way(x, candidate, torch.arange(B), B, rate, "unobserved", reject_pool))
     size = reject_pool or B
