@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 270) -> list[Any]:
     """[function(rank, *args) of each rank], run in processes of their own with torch.distributed started.
 
     `function` stands at the top level of a module, so that a process can import it. The first worker that fails has its
