@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -156,7 +155,6 @@ def _worker(config: dict[str, Any]) -> None:
         bar=(lambda title, images: RemoteBar(console, title, images)) if world.first else Watcher.bar,
         epoch_done=lambda figures: ray.train.report({"epoch": figures["epoch"], "val_map": figures["val/map"]}),
     )
-    torch.manual_seed(settings.seed + world.rank)  # backbones with dropout draw from it, each worker its own
     try:
         result = train(settings, world, watcher)
     except PamlError as error:

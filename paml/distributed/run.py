@@ -143,9 +143,6 @@ def _train(settings: TrainSettings, run_folder: str) -> Result:
         from paml.distributed.ray_train import train_on_ray
 
         return train_on_ray(settings, run_folder)
-    import torch
-
-    torch.manual_seed(settings.seed)
     watcher = Watcher(journal=Journal(run_folder, "rank0"), bar=terminal_bar)
     return train(settings, World(), watcher)
 
