@@ -1,6 +1,6 @@
 """The whole way on one machine: pictures of digits, shards and label tables, two runs through Ray, a table, a picture.
 
-Trains AN (unobserved labels taken as negative) and LL-R + BoostLU on the same sparse labels by `ray job submit`,
+A backbone first learns single digits, as a stand-in for ImageNet weights. Then the demo trains AN (unobserved labels taken as negative) and LL-R + BoostLU on the same sparse labels by `ray job submit`,
 on a Ray of its own, and compares them. Nothing is downloaded.
 """
 
@@ -22,7 +22,9 @@ from paml.errors import PamlError
 
 DATA = Path("data/demo")
 SIDE = 64
-IMAGES = {"train": 4000, "validation": 600, "test": 900}
+IMAGES = {"train": 2400, "validation": 600, "test": 900}
+SINGLE_SIDE = 40
+SINGLES = {"train": 8000, "validation": 300, "test": 100}
 RECIPE = "jobs/recipes/demo.yaml"
 ROWS = {
     "AN": ["--loss.name=an", "--boost.train=1", "--boost.eval=1"],
@@ -32,12 +34,18 @@ ROWS = {
 
 def make_data(seed: int) -> Path:
     """Scenes as JPEG files and Open Images CSV, then shards and label tables; kept where they are whole."""
+    return _prepared(f"scenes-{SIDE}px-{IMAGES['train']}-seed{seed}", IMAGES, SIDE, seed, single=False)
+
+
+def _prepared(name: str, images: dict[str, int], side: int, seed: int, *, single: bool) -> Path:
     from paml.prepare import PrepareSettings, prepare
     from paml.shards import ShardSettings
     from paml.sources.digit_scenes import write_digit_scenes
 
-    scenes = DATA / f"scenes-{SIDE}px-{IMAGES['train']}-seed{seed}"
-    report = write_digit_scenes(scenes, images=IMAGES, size=SIDE, seed=seed, progress=_bar("drawing scenes"))
+    scenes = DATA / name
+    report = write_digit_scenes(
+        scenes, images=images, size=side, seed=seed, single=single, progress=_bar("drawing scenes")
+    )
     print(report, flush=True)
     out = scenes / "prepared"
     settings = PrepareSettings(
@@ -45,10 +53,49 @@ def make_data(seed: int) -> Path:
         release=str(scenes / "2017_11"),
         images=str(scenes / "images"),
         full_labels=str(scenes / "full-labels"),
-        shards=ShardSettings(size=SIDE, samples_per_shard=500),
+        shards=ShardSettings(size=side, samples_per_shard=500),
     )
-    prepare(settings)
+    prepare(settings, say=lambda line: None)
+    print(f"shards and label tables in {out}", flush=True)
     return out
+
+
+def make_weights() -> Path:
+    """A backbone that knows single digits: what ImageNet weights are to photos. Kept where it is there already."""
+    from safetensors.torch import save_file
+
+    from paml.data.settings import DataSettings
+    from paml.losses import LossSettings
+    from paml.models import BoostSettings, ModelSettings
+    from paml.training.checkpoint import read_checkpoint
+    from paml.training.loop import Watcher, run_folder_of, terminal_bar, train
+    from paml.training.optimiser import OptimiserSettings
+    from paml.training.settings import TrackingSettings, TrainSettings
+    from paml.training.world import World
+
+    weights = DATA / "single-digits.safetensors"
+    if weights.exists():
+        return weights
+    data = _prepared("single-digits", SINGLES, SINGLE_SIDE, 1000, single=True)
+    settings = TrainSettings(
+        run=TrackingSettings(storage=str(DATA), name="single-digits-run"),
+        data=DataSettings(
+            root=str(data), train_labels="labels/train-full.arrow", train_truth=None, test_split=None, flip=0.0
+        ),
+        model=ModelSettings(backbone="resnet18", weights=None, output_stride=16),
+        boost=BoostSettings(train=1.0, eval=1.0),
+        loss=LossSettings(name="full"),
+        optimiser=OptimiserSettings(learning_rate=1e-3, head_factor=1.0, schedule="one_cycle"),
+        epochs=3,
+        batch_size=64,
+    )
+    print("\nbackbone: learning single digits from full labels, in this process", flush=True)
+    result = train(settings, World(), Watcher(bar=terminal_bar))
+    newest = read_checkpoint(run_folder_of(settings), result.best["1"]["checkpoint"], groups=("weights",))
+    tensors = newest.tensors["weights"]
+    kept = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
+    save_file(kept, weights)
+    return weights
 
 
 def _bar(title: str):
@@ -66,13 +113,13 @@ def _bar(title: str):
     return show
 
 
-def train(name: str, data: Path, options: list[str], environment: dict[str, str]) -> None:
+def submit(name: str, data: Path, options: list[str], environment: dict[str, str]) -> None:
     """One run by `ray job submit`, as on a cluster."""
-    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--log-style=record", "--log-color=false"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--log-style=record", "--log-color=false"]
     job = ["python", "jobs/train_openimages.py", f"--config={RECIPE}", f"--run.name={name}", f"--data.root={data}"]
     print(f"\n$ ray job submit -- {' '.join(job + options)}", flush=True)
     with subprocess.Popen(
-        [*submit, "--", *job, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*command, "--", *job, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         assert process.stdout is not None
         for raw in process.stdout:
@@ -120,15 +167,17 @@ def compare(names: dict[str, str], data: Path) -> Path:
 
 
 def demo(seed: int, options: list[str]) -> None:
-    """Data, two runs, the comparison."""
+    """Data, a backbone, two runs, the comparison."""
     begun = time.monotonic()
     data = make_data(seed)
+    weights = make_weights()
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = {title: f"demo-{stamp}-{title.lower().replace(' + ', '-')}" for title in ROWS}
     print("\nstarting Ray (on free ports, stopped at the end)", flush=True)
     with ray_head(ROOT) as environment:
         for title, name in names.items():
-            train(name, data, [*ROWS[title], f"--seed={seed}", *options], environment)
+            own = [*ROWS[title], f"--model.weights={weights}", f"--seed={seed}", *options]
+            submit(name, data, own, environment)
     picture = compare(names, data)
     print(f"\npicture: {picture}\nevery figure by epoch: `make ui` opens MLflow on runs/mlflow.db")
     print(f"{time.monotonic() - begun:.0f} s in all")

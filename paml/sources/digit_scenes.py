@@ -46,6 +46,7 @@ DIGITS_SHARES = (0.12, 0.22, 0.28, 0.24, 0.14)  # of the scenes that hold 1, 2, 
 NEGATIVES_SHARES = (0.3, 0.4, 0.3)  # of the train scenes with 0, 1 and 2 observed negatives
 TAIL_OFFSET = 6.0  # the class of rank r (from 0) is drawn with a weight of 1 / (r + TAIL_OFFSET)
 DIGIT_HEIGHTS = (0.38, 0.46)  # of a digit before it is turned, as shares of the picture's side
+SINGLE_HEIGHTS = (0.6, 0.74)  # where a picture holds one digit alone
 PLACE_TRIES = 60
 
 SCENES_FILE = "scenes.json"
@@ -97,12 +98,14 @@ def write_digit_scenes(
     images: Mapping[str, int] | None = None,
     size: int = 96,
     seed: int = 0,
+    single: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> SceneReport:
     """Write scenes of handwritten digits as JPEG files and Open Images V3 CSV under the folder `out`.
 
     images: scenes of each split (train, validation, test); 2,400, 600 and 900 where none is given.
     size: side of the square pictures, pixels.
+    single: one large digit in every scene, to learn digits from before they come in company.
     progress: called with (scenes done, scenes in all) after each scene.
 
     The same settings give the same files. A folder that is whole with the same settings is kept as it is, one
@@ -111,7 +114,7 @@ def write_digit_scenes(
     """
     counts = dict(DEFAULT_IMAGES if images is None else images)
     _check_settings(counts, size)
-    settings = {"version": VERSION, "images": counts, "size": size, "seed": seed}
+    settings = {"version": VERSION, "images": counts, "size": size, "seed": seed, "single": single}
     folder = Path(out)
     finished = _claim(folder, settings)
     if finished is not None:
@@ -132,7 +135,7 @@ def write_digit_scenes(
         for index in range(count):
             key = hashlib.sha256(f"{seed}/{split}/{index}".encode()).hexdigest()[:16]
             rng = np.random.default_rng([seed, list(SPLITS).index(split), index])
-            scene = _draw_scene(rng, digits[split], weights, size)
+            scene = _draw_scene(rng, digits[split], weights, size, single)
             scene.picture.save(pictures / f"{key}.jpg", quality=92)
             present = set(scene.classes)
             positives[split] += len(present)
@@ -229,15 +232,18 @@ def _observe(rng: np.random.Generator, present: Sequence[int], weights: np.ndarr
     return sorted([(int(rng.choice(present)), 1), *((int(cls), 0) for cls in negatives)])
 
 
-def _draw_scene(rng: np.random.Generator, digits: list[list[np.ndarray]], weights: np.ndarray, size: int) -> _Scene:
+def _draw_scene(
+    rng: np.random.Generator, digits: list[list[np.ndarray]], weights: np.ndarray, size: int, single: bool
+) -> _Scene:
     picture = _draw_ground(rng, size)
-    count = 1 + rng.choice(len(DIGITS_SHARES), p=DIGITS_SHARES)
+    count = 1 if single else 1 + rng.choice(len(DIGITS_SHARES), p=DIGITS_SHARES)
+    heights = SINGLE_HEIGHTS if single else DIGIT_HEIGHTS
     classes: list[int] = []
     boxes: list[tuple[float, float, float, float]] = []
     for cls in rng.choice(len(weights), size=count, replace=False, p=weights):
         digit, colour = CLASSES[cls]
         pool = digits[DIGITS.index(digit)]
-        mask = _digit_mask(rng, pool[rng.integers(len(pool))], size)
+        mask = _digit_mask(rng, pool[rng.integers(len(pool))], size, heights)
         corner = _free_corner(rng, mask.size, size, boxes)
         if corner is None:
             continue
@@ -277,9 +283,9 @@ def _enlarge(grid: np.ndarray, size: int) -> np.ndarray:
     return np.stack([np.asarray(channel) for channel in wide], axis=2)
 
 
-def _digit_mask(rng: np.random.Generator, pixels: np.ndarray, size: int) -> Image.Image:
+def _digit_mask(rng: np.random.Generator, pixels: np.ndarray, size: int, heights: tuple[float, float]) -> Image.Image:
     """How opaque the ink is, 8 bits: the digit smoothly enlarged, slightly turned, cut to its ink."""
-    height = size * rng.uniform(*DIGIT_HEIGHTS)
+    height = size * rng.uniform(*heights)
     ink = np.flatnonzero(pixels.any(axis=1))
     side = round(height * 12 / (ink[-1] - ink[0] + 1))  # padded by 2 on each side, so that no ink is turned away
     glyph = Image.fromarray(np.pad(pixels, 2)).resize((side, side), Image.Resampling.BICUBIC)

@@ -184,7 +184,7 @@ def test_settings_that_make_no_scenes_are_refused(tmp_path: Path, arguments: dic
 @given(seed=st.integers(0, 2**32), size=st.integers(32, 200))
 def test_digits_never_touch_each_other_and_lie_inside(seed: int, size: int):
     pools = digit_scenes._digits_of_splits(0)["train"]
-    scene = digit_scenes._draw_scene(np.random.default_rng(seed), pools, digit_scenes._class_weights(0), size)
+    scene = digit_scenes._draw_scene(np.random.default_rng(seed), pools, digit_scenes._class_weights(0), size, False)
     assert len(set(scene.classes)) == len(scene.classes) == len(scene.boxes) >= 1
     ink = np.zeros((size, size), int)
     for left, right, top, bottom in scene.boxes:
