@@ -1,7 +1,8 @@
 """The whole way on one machine: pictures of digits, shards and label tables, two runs through Ray, a table, a picture.
 
-A backbone first learns single digits, as a stand-in for ImageNet weights. Then the demo trains AN (unobserved labels taken as negative) and LL-R + BoostLU on the same sparse labels by `ray job submit`,
-on a Ray of its own, and compares them. Nothing is downloaded.
+A backbone first learns single digits, as a stand-in for ImageNet weights. Then AN (unobserved labels taken as
+negative) and LL-R + BoostLU train on the same sparse labels by `ray job submit`, on a Ray of the demo's own, and are
+compared. Nothing is downloaded.
 """
 
 import argparse
