@@ -61,8 +61,11 @@ def _prepared(name: str, images: dict[str, int], side: int, seed: int, *, single
     return out
 
 
-def make_weights() -> Path:
-    """A backbone that knows single digits: what ImageNet weights are to photos. Kept where it is there already."""
+def make_weights(seed: int) -> Path:
+    """A backbone that knows single digits: what ImageNet weights are to photos. Kept where it is there already.
+
+    The same seed keeps the handwriting of the test scenes out of what it learns from.
+    """
     from safetensors.torch import save_file
 
     from paml.data.settings import DataSettings
@@ -74,12 +77,12 @@ def make_weights() -> Path:
     from paml.training.settings import TrackingSettings, TrainSettings
     from paml.training.world import World
 
-    weights = DATA / "single-digits.safetensors"
+    weights = DATA / f"single-digits-seed{seed}.safetensors"
     if weights.exists():
         return weights
-    data = _prepared("single-digits", SINGLES, SINGLE_SIDE, 1000, single=True)
+    data = _prepared(f"single-digits-seed{seed}", SINGLES, SINGLE_SIDE, seed, single=True)
     settings = TrainSettings(
-        run=TrackingSettings(storage=str(DATA), name="single-digits-run"),
+        run=TrackingSettings(storage=str(DATA), name=f"single-digits-seed{seed}-run"),
         data=DataSettings(
             root=str(data), train_labels="labels/train-full.arrow", train_truth=None, test_split=None, flip=0.0
         ),
@@ -171,7 +174,7 @@ def demo(seed: int, options: list[str]) -> None:
     """Data, a backbone, two runs, the comparison."""
     begun = time.monotonic()
     data = make_data(seed)
-    weights = make_weights()
+    weights = make_weights(seed)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = {title: f"demo-{stamp}-{title.lower().replace(' + ', '-')}" for title in ROWS}
     print("\nstarting Ray (on free ports, stopped at the end)", flush=True)

@@ -16,7 +16,12 @@ def _best_test_map(root: Path, data: Path, seed: int, options: list[str]) -> flo
     """Test mAP of the epoch that validation chose, by the demo's recipe with its options, in this process."""
     flat = flatten(yaml.safe_load((demo.ROOT / demo.RECIPE).read_text()))
     flat |= dict(yaml.safe_load(option.removeprefix("--").replace("=", ": ")).popitem() for option in options)
-    flat |= {"seed": seed, "data.root": str(data), "run.storage": str(root), "model.weights": str(demo.make_weights())}
+    flat |= {
+        "seed": seed,
+        "data.root": str(data),
+        "run.storage": str(root),
+        "model.weights": str(demo.make_weights(seed)),
+    }
     settings = unflatten(TrainSettings, flat)
     settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, name=settings.loss.name))
     result = train(settings, World(), Watcher())
