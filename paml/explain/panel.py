@@ -122,7 +122,8 @@ def _examples(
             [boosted_map(run, model, pixels, int(cls))[1] for cls in positives]
             for run, model in ((runs[0], models[0]), (runs[-1], models[-1]))
         ]
-        gain = np.array(scores[1]) - np.array(scores[0])
+        chances = 1 / (1 + np.exp(-np.array(scores)))
+        gain = chances[1] - chances[0]
         best = int(gain.argmax())
         found.append((float(gain[best]), pixels, int(positives[best])))
     found.sort(key=lambda item: -item[0])
