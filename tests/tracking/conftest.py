@@ -121,7 +121,7 @@ def differences(run_folder: str, uri: str) -> list[str]:
             else:
                 listed.append((item.path, item.file_size or 0))
     same("artifacts", sorted(artifacts.items()), sorted(listed))
-    for path in artifacts:
+    for path in artifacts.keys() & {path for path, _ in listed}:
         copy = Path(client.download_artifacts(run_id, path)).read_bytes()
         same(f"content of {path}", storage.read_bytes(f"{run_folder}/artifacts/{path}"), copy)
     datasets = [(event.key, event.value["digest"][:36]) for event in events if event.kind == "dataset"]
