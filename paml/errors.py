@@ -21,5 +21,8 @@ class NonFiniteLossError(PamlError):
     """The loss of a batch is NaN or infinite."""
 
 
-class Stopped(BaseException):
-    """Somebody stops the run (SIGTERM from `ray job stop`, Ctrl-C); holds the signal's number."""
+class Stopped(KeyboardInterrupt):
+    """Somebody stops the run (SIGTERM from `ray job stop`, Ctrl-C); holds the signal's number.
+
+    A KeyboardInterrupt, since Ray drops every other exception that a signal's handler raises while Ray waits.
+    """

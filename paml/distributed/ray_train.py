@@ -5,7 +5,9 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from paml import storage
 from paml.distributed.console import Console, ConsoleHandler, RemoteBar, printing
-from paml.errors import PamlError, SettingsError, Stopped
+from paml.errors import PamlError, SettingsError
 from paml.tracking.journal import Journal
 from paml.training.loop import Result, Watcher, train
 from paml.training.settings import TrainSettings, WorkerSettings
@@ -57,7 +59,24 @@ def resources_per_worker(settings: WorkerSettings, cluster: dict[str, float]) ->
 def train_on_ray(settings: TrainSettings, run_folder: str) -> Result:
     """Run the loop on Ray Train workers. Lost workers are replaced `workers.max_failures` times, each time from the
     newest checkpoint. Raises PamlError for what starting again would only repeat, RuntimeError for a lost cause.
+
+    Ray runs in a thread: a main thread within ray.get() heeds no signal, and a stopped job has three seconds.
     """
+    outcome: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(_attempts(settings, run_folder))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, name="ray-train", daemon=True).start()
+    while not outcome.done():
+        time.sleep(0.2)
+    return outcome.result()
+
+
+def _attempts(settings: TrainSettings, run_folder: str) -> Result:
     resources = resources_per_worker(settings.workers, dict(ray.cluster_resources()))
     console: Any = ray.remote(num_cpus=0)(Console).remote()  # pyright: ignore[reportFunctionMemberAccess]
     for attempt in range(settings.workers.max_failures + 1):
@@ -122,8 +141,6 @@ def _fit(settings: TrainSettings, run_folder: str, resources: dict, console: Any
     )
     try:
         trainer.fit()
-    except (SystemExit, KeyboardInterrupt) as stop:  # Ray turns Ctrl-C during fit() into an exit with status 0
-        raise Stopped(2) from stop
     except ray.train.TrainingFailedError as error:
         return error
     return None

@@ -43,7 +43,7 @@ def run_training(settings: TrainSettings) -> int:
         from paml.distributed.ray_train import connect
 
         connect(settings.workers)  # before _stopping: ray.init takes the signals for itself
-    with _stopping():
+    with _stopping() as signals:
         try:
             _open_journal(journal, settings, data)
             if settings.run.mlflow:
@@ -54,7 +54,7 @@ def run_training(settings: TrainSettings) -> int:
                 sampler.close()
             _report(result, settings, data, run_folder, journal)
             journal.status("FINISHED")
-        except Stopped as stop:
+        except KeyboardInterrupt:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
             journal.status("KILLED")
@@ -63,7 +63,7 @@ def run_training(settings: TrainSettings) -> int:
                 submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # `ray job stop` leaves three seconds
                 follower.close(timeout=1.5 if submitted else 15.0)
             print(f"stopped; go on with --run.resume true --run.name {settings.run.name}", file=sys.stderr, flush=True)
-            raise SystemExit(128 + int(stop.args[0])) from None
+            raise SystemExit(128 + (signals[0] if signals else signal.SIGINT)) from None
         except BaseException:
             journal.status("FAILED")
             if follower is not None:
@@ -124,15 +124,17 @@ def claim_run(settings: TrainSettings, run_folder: str) -> None:
 
 
 @contextlib.contextmanager
-def _stopping() -> Iterator[None]:
-    """SIGTERM and Ctrl-C become Stopped. `ray job stop` leaves three seconds before SIGKILL."""
+def _stopping() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C become Stopped; yields the signals so far. `ray job stop` leaves three seconds."""
+    signals: list[int] = []
 
     def stop(number: int, frame: object) -> None:
+        signals.append(number)
         raise Stopped(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

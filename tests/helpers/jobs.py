@@ -176,3 +176,12 @@ def gone(processes: list[psutil.Process], seconds: float = 60.0) -> list[psutil.
 def newest_step(run_folder: Path) -> int:
     """Optimiser steps of the newest committed checkpoint; 0 where there is none."""
     return max((int(path.parent.name[5:]) for path in run_folder.glob("checkpoints/*/COMMIT")), default=0)
+
+
+def status_in_mlflow(uri: str, name: str) -> list[str]:
+    """Status of every MLflow run of this name."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return [run.info.status for run in client.search_runs(experiments, f"attributes.run_name = '{name}'")]

@@ -15,6 +15,7 @@ from tests.helpers.jobs import (
     gone,
     newest_step,
     prepare_scenes,
+    status_in_mlflow,
     tiny_options,
     train_job,
     write_scenes,
@@ -30,13 +31,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_scenes(write_scenes(folder / "scenes", train=60, others=20), folder / "data")
 
 
-def status_in_mlflow(runs: Path, name: str) -> list[str]:
-    """Status of every MLflow run of this name."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return [run.info.status for run in client.search_runs(experiments, f"attributes.run_name = '{name}'")]
+def status_of(runs: Path) -> list[str]:
+    return status_in_mlflow(f"sqlite:///{runs}/mlflow.db", "stopped")
 
 
 @pytest.mark.slow
@@ -55,18 +51,18 @@ def test_signal_stops_the_job(data: Path, tmp_path: Path, number: int, workers: 
     assert gone(started) == []
     assert "stopped; go on with --run.resume true --run.name stopped" in job.output
     assert "Traceback" not in job.output
-    assert status_in_mlflow(runs, "stopped") == ["KILLED"]
+    assert status_of(runs) == ["KILLED"]
 
     reached = newest_step(runs / "stopped")
     with train_job([*options, "--run.resume", "true"], tmp_path / "second.log") as job:
         job.until(lambda: newest_step(runs / "stopped") > reached, "a step further")
         job.until(lambda: "going on at epoch" in job.output, "its first line")
-        job.until(lambda: status_in_mlflow(runs, "stopped") == ["RUNNING"], "MLflow")
+        job.until(lambda: status_of(runs) == ["RUNNING"], "MLflow")
         started = job.descendants()
         job.process.send_signal(signal.SIGTERM)
         assert job.wait(60) == 143
     assert gone(started) == []
-    assert status_in_mlflow(runs, "stopped") == ["KILLED"]
+    assert status_of(runs) == ["KILLED"]
 
 
 def ray_job(ray: OwnRay, *arguments: str, seconds: float = 240) -> subprocess.CompletedProcess:
@@ -105,7 +101,7 @@ def test_ray_job_stop(data: Path, tmp_path: Path):
         assert stopped.returncode == 0, stopped.stdout
         assert gone(started) == []
         assert "was stopped" in ray_job(ray, "status", found.group()).stdout
-        assert status_in_mlflow(runs, "stopped") == ["KILLED"]
+        assert status_of(runs) == ["KILLED"]
         wait_for(lambda: not [process for process in ray.processes() if "RayTrainWorker" in line_of(process)], 60)
 
         reached = newest_step(runs / "stopped")
