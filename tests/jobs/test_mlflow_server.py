@@ -20,7 +20,7 @@ from tests.helpers.jobs import (
 from tests.tracking.conftest import MlflowServer, differences
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_server_killed_in_mid_run_is_refilled(tmp_path: Path):
     data = prepare_scenes(write_scenes(tmp_path / "scenes", train=60, others=20), tmp_path / "data")

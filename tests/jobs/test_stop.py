@@ -79,7 +79,7 @@ def ray_job(ray: OwnRay, *arguments: str, seconds: float = 240) -> subprocess.Co
     )
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ray_job_stop(data: Path, tmp_path: Path):
     runs = tmp_path / "runs"

@@ -112,6 +112,7 @@ def differences(run_folder: str, uri: str) -> list[str]:
     ours = {"paml.journal", "paml.cut_params", "mlflow.runName", "mlflow.source.name", "mlflow.source.type"}
     same("tags", tags, {key: value for key, value in run.data.tags.items() if key not in ours})
     artifacts = {event.key: event.value["size"] for event in events if event.kind == "artifact"}
+    files = {event.key: event.value["file"] for event in events if event.kind == "artifact"}
     listed: list[tuple[str, int]] = []
     folders: list[str | None] = [None]
     while folders:
@@ -123,7 +124,7 @@ def differences(run_folder: str, uri: str) -> list[str]:
     same("artifacts", sorted(artifacts.items()), sorted(listed))
     for path in artifacts.keys() & {path for path, _ in listed}:
         copy = Path(client.download_artifacts(run_id, path)).read_bytes()
-        same(f"content of {path}", storage.read_bytes(f"{run_folder}/artifacts/{path}"), copy)
+        same(f"content of {path}", storage.read_bytes(f"{run_folder}/{files[path]}"), copy)
     datasets = [(event.key, event.value["digest"][:36]) for event in events if event.kind == "dataset"]
     inputs = [(item.dataset.name, item.dataset.digest) for item in run.inputs.dataset_inputs]
     same("datasets", sorted(datasets), sorted(inputs))
