@@ -23,6 +23,7 @@ import pyarrow.fs as pafs
 _TEMPORARY = ".paml-tmp"
 _MULTIPART_BYTES = 64 << 20
 _MAX_ATTEMPTS = 6
+_CONNECTIONS = 64  # botocore keeps 10, and makes new ones for every further thread's request
 _PAGE_KEYS = 1000
 
 
@@ -145,6 +146,7 @@ def _client_of(process: int, endpoint: str | None, user: tuple[str | None, ...])
         retries={"mode": "standard", "max_attempts": _MAX_ATTEMPTS},
         connect_timeout=10,
         read_timeout=60,
+        max_pool_connections=_CONNECTIONS,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         **signed,
@@ -395,19 +397,30 @@ def list_files(folder: str) -> list[str]:
     Files of writes that were cut off are left out.
     """
     if is_remote(folder):
-        bucket, prefix = _bucket_and_key(folder.rstrip("/") + "/")
-        names = []
-        with _clear_s3_errors("list", folder):
-            pages = _client().get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=bucket, Prefix=prefix, PaginationConfig={"PageSize": _PAGE_KEYS}):
-                names += [entry["Key"][len(prefix) :] for entry in page.get("Contents", [])]
-        return sorted(name for name in names if name)
+        return [name for name, _ in _list_objects(folder)]
     names = []
     with _clear_errors("list", folder):
         for where, _, files in os.walk(folder, onerror=_raise_unless_missing):
             base = os.path.relpath(where, folder)
             names += [name if base == "." else f"{base}/{name}" for name in files if not name.endswith(_TEMPORARY)]
     return sorted(name.replace(os.sep, "/") for name in names)
+
+
+def list_sizes(folder: str) -> list[tuple[str, int]]:
+    """(name, bytes) of the files that `list_files` names, in its order; in S3 the listing itself tells the sizes."""
+    if is_remote(folder):
+        return _list_objects(folder)
+    return [(name, size_of(os.path.join(folder, name))) for name in list_files(folder)]
+
+
+def _list_objects(folder: str) -> list[tuple[str, int]]:
+    bucket, prefix = _bucket_and_key(folder.rstrip("/") + "/")
+    found = []
+    with _clear_s3_errors("list", folder):
+        pages = _client().get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=bucket, Prefix=prefix, PaginationConfig={"PageSize": _PAGE_KEYS}):
+            found += [(entry["Key"][len(prefix) :], int(entry["Size"])) for entry in page.get("Contents", [])]
+    return sorted(entry for entry in found if entry[0])
 
 
 def _raise_unless_missing(error: OSError) -> None:

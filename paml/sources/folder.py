@@ -2,18 +2,25 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 from paml import storage
 from paml.errors import DataError
+from paml.sources.fetch import read_ahead, read_object
+from paml.sources.parts import Part, Payload, cut, mark_of
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".ppm", ".pgm")
 )
 
+KeyRule = Literal["name", "path"]
+"""`name`: the key is the file name without folders and suffix. `path`: its path below the folder, without suffix."""
 
-def key_of(name: str) -> str:
-    """The key of an image: its file name without folders and without the last suffix."""
-    return os.path.splitext(name.rsplit("/", 1)[-1])[0]
+
+def key_of(name: str, rule: KeyRule = "name") -> str:
+    """The key of an image, from its path below the source's folder."""
+    return os.path.splitext(name.rsplit("/", 1)[-1] if rule == "name" else name)[0]
 
 
 def is_image(name: str) -> bool:
@@ -22,35 +29,85 @@ def is_image(name: str) -> bool:
     return not base.startswith(".") and os.path.splitext(base)[1].lower() in IMAGE_SUFFIXES
 
 
-def iter_folder(folder: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
-    """(key, path) of each image file below `folder`, subfolders included, sorted by name within each folder.
+@dataclass(frozen=True)
+class FolderPart:
+    """Some files of a folder. Those of a local one are given as paths, those of a bucket are read ahead."""
 
-    The key is the file name without folders and suffix. Other files are passed over. Raises DataError where
-    there is no such folder.
+    name: str
+    folder: str
+    names: tuple[str, ...]
+    """Paths below the folder."""
+    bytes: int | None
+    rule: KeyRule = "name"
+
+    @property
+    def images(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[tuple[str, Payload]]:
+        if not storage.is_remote(self.folder):
+            for name in self.names:
+                yield key_of(name, self.rule), os.path.join(self.folder, name)
+            return
+        for name, data in read_ahead(self.names, lambda name: read_object(storage.join(self.folder, name))):
+            yield key_of(name, self.rule), data
+
+
+def folder_parts(folder: str | os.PathLike[str], per_part: int = 2000, *, keys: KeyRule = "name") -> list[Part]:
+    """The image files below `folder` (local or `s3://bucket/prefix`, listed once), in parts of `per_part` files.
+
+    Subfolders are included, hidden ones and other files are passed over; the order is that of the names within
+    each folder. Access to a bucket is by the AWS variables, the machine's role, or anonymous without either.
+    Raises DataError where there is no such folder or no image in it, StorageError where it cannot be listed.
     """
     root = os.fspath(folder)
-    if storage.is_remote(root):
-        for name in storage.list_files(root):
-            if is_image(name):
-                yield key_of(name), storage.join(root, name)
-        return
-    if not os.path.isdir(root):
-        raise DataError(f"{root} is not a folder: name the folder that holds the images")
-    yield from _walk(root)
+    found = list(_images_below(root))
+    if not found:
+        raise DataError(f"{root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}): name the folder of the images")
+    parts: list[Part] = []
+    for number, run in enumerate(cut(found, per_part)):
+        mark = mark_of(f"{name} {size}" for name, size in run)
+        names = tuple(name for name, _ in run)
+        parts.append(FolderPart(f"files-{number:06d}-{mark}", root, names, sum(size for _, size in run), keys))
+    return parts
 
 
-def _walk(folder: str) -> Iterator[tuple[str, str]]:
-    with os.scandir(folder) as found:
-        entries = sorted((entry.name, entry.is_dir()) for entry in found)
-    for name, is_folder in entries:
-        path = os.path.join(folder, name)
-        if is_folder:
-            if not name.startswith("."):
-                yield from _walk(path)
-        elif is_image(name):
-            yield key_of(name), path
+def iter_folder(folder: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
+    """(key, path) of each image file below `folder`, as `folder_parts` finds them. Raises DataError."""
+    root = os.fspath(folder)
+    for name, _ in _images_below(root):
+        yield key_of(name), storage.join(root, name)
 
 
 def count_folder(folder: str | os.PathLike[str]) -> int:
     """Number of image files below `folder`."""
     return sum(1 for _ in iter_folder(folder))
+
+
+def _images_below(root: str) -> Iterator[tuple[str, int]]:
+    """(path below the folder, bytes) of each image file."""
+    if storage.is_remote(root):
+        yield from ((name, size) for name, size in storage.list_sizes(root) if is_image(name))
+        return
+    if not os.path.isdir(root):
+        raise DataError(f"{root} is not a folder: name the folder that holds the images")
+    yield from _walk(root, "")
+
+
+def _walk(root: str, below: str) -> Iterator[tuple[str, int]]:
+    with os.scandir(os.path.join(root, below)) as found:
+        entries = sorted((entry.name, entry) for entry in found)
+    for name, entry in entries:
+        path = f"{below}/{name}" if below else name
+        if entry.is_dir():
+            if not name.startswith("."):
+                yield from _walk(root, path)
+        elif is_image(name):
+            yield path, _size_of(entry)
+
+
+def _size_of(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:  # a link that leads nowhere: whoever reads it reports it
+        return 0

@@ -1,8 +1,17 @@
-"""A source of images is a list of parts: pieces that can be read anywhere, in any order, again after a failure."""
+"""A source of images is a list of parts: pieces that can be read anywhere, in any order, again after a failure.
 
+What a part cannot read for good (a key that the bucket has not, a damaged file, a dead link) it gives as an
+exception in the image's place, so that it ends among the rejects with its reason. What may go well next time
+(storage that does not answer, a denied bucket) it raises, so that the part is read again.
+"""
+
+import hashlib
+import itertools
 import os
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 Payload = bytes | str | os.PathLike[str] | Exception
 """An image's bytes, or the path of its file (local or remote), or why the source could not read it."""
@@ -11,13 +20,44 @@ Payload = bytes | str | os.PathLike[str] | Exception
 class Part(Protocol):
     """Some images of a source. Small when pickled, since it travels to the task that reads it."""
 
-    name: str
-    """Unique within the source and the same in every run: finished work is found again by it."""
-    images: int | None
-    """How many it gives, where that is known without reading it."""
-    bytes: int | None
-    """Bytes to be read, where known."""
+    @property
+    def name(self) -> str:
+        """Unique within the source and the same in every run: finished work is found again by it.
+
+        It changes with what the part is to read (files and their sizes, wanted keys), not with their content.
+        """
+        ...
+
+    @property
+    def images(self) -> int | None:
+        """How many it gives, where that is known without reading it."""
+        ...
+
+    @property
+    def bytes(self) -> int | None:
+        """Bytes to be read, where known."""
+        ...
 
     def __iter__(self) -> Iterator[tuple[str, Payload]]:
-        """(key, payload) of each image, in an order that is the same each time."""
+        """(key, payload) of each image, in an order that is the same each time. Raises StorageError."""
         ...
+
+
+def cut(items: Sequence[T], per_part: int) -> list[Sequence[T]]:
+    """The items in runs of `per_part`, the last one shorter."""
+    if per_part < 1:
+        raise ValueError(f"per_part is {per_part}; a part holds at least 1 image: set 2000")
+    return [items[start : start + per_part] for start in range(0, len(items), per_part)]
+
+
+def mark_of(texts: Iterable[str]) -> str:
+    """12 hex digits that tell one list of texts from another."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def read_parts(parts: Iterable[Part]) -> Iterator[tuple[str, Payload]]:
+    """The images of all parts, one part after the other."""
+    return itertools.chain.from_iterable(parts)

@@ -11,12 +11,15 @@ import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 from paml import storage
 from paml.errors import DataError
 from paml.sources.folder import is_image, key_of
+from paml.sources.parts import Part, Payload, mark_of, read_parts
+from paml.storage import StorageError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _BLOCK = 512
@@ -115,23 +118,47 @@ def open_tar(path: str) -> io.BufferedReader:
     return io.BufferedReader(io.FileIO(path), 1 << 20)
 
 
-def iter_tars(
-    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-) -> Iterator[tuple[str, bytes | TarDamage]]:
-    """(key, bytes) of each image in tar files, in their order.
+@dataclass(frozen=True)
+class TarPart:
+    """One tar file. How many images it holds is not known before it is read."""
 
-    The key is the member's name without folders and suffix. A damaged tar file gives what lies before the
-    damage and then one pair (its path, the TarDamage), so that the writer reports it among the rejects; the
-    other files are still read. Raises DataError as `list_tars`.
-    """
-    for path in list_tars(paths):
+    name: str
+    path: str
+    bytes: int | None
+    images: None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Payload]]:
         try:
-            with open_tar(path) as file:
-                for member in walk_tar(file, path):
+            with open_tar(self.path) as file:
+                file.peek(_BLOCK)  # tarfile takes an error of its first read for a file that is no tar
+                for member in walk_tar(file, self.path):
                     if is_image(member.name):
                         yield key_of(member.name), member.read()
         except TarDamage as damage:
-            yield path, damage
+            yield self.path, damage
+        except (StorageError, FileNotFoundError):
+            raise
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot read {self.path!r} to its end: {error}: try again") from error
+
+
+def tar_parts(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Part]:
+    """Tar files, local or remote, plain or compressed, one a part; a folder stands for all that lie below it.
+
+    Its images are given in its order, the key being the member's name without folders and suffix. A damaged tar
+    file gives what lies before the damage and then one pair (its path, the TarDamage), so that it is reported
+    among the rejects. Raises DataError as `list_tars`.
+    """
+    parts: list[Part] = []
+    for path in list_tars(paths):
+        size = storage.size_of(path)
+        parts.append(TarPart(f"{os.path.basename(path)}-{mark_of([path, str(size)])}", path, size))
+    return parts
+
+
+def iter_tars(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, Payload]]:
+    """(key, payload) of each image in tar files, one file after the other, as `tar_parts` gives them."""
+    return read_parts(tar_parts(paths))
 
 
 def count_tars(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> int:

@@ -1,0 +1,56 @@
+"""Images of a bucket that are known by their keys, so that nothing has to be listed."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from paml import storage
+from paml.sources.fetch import THREADS, read_ahead, read_object
+from paml.sources.parts import Part, Payload, cut, mark_of
+
+
+@dataclass(frozen=True)
+class BucketPart:
+    """Some wanted keys of a bucket."""
+
+    name: str
+    folder: str
+    keys: tuple[str, ...]
+    suffix: str
+    threads: int
+    bytes: None = None
+
+    @property
+    def images(self) -> int:
+        return len(self.keys)
+
+    def __iter__(self) -> Iterator[tuple[str, Payload]]:
+        yield from read_ahead(self.keys, self._read, self.threads)
+
+    def _read(self, key: str) -> Payload:
+        return read_object(storage.join(self.folder, key + self.suffix))
+
+
+def bucket_parts(
+    prefix: str,
+    keys: Iterable[str],
+    split: str,
+    per_part: int = 2000,
+    *,
+    suffix: str = ".jpg",
+    threads: int = THREADS,
+) -> list[Part]:
+    """The images `{prefix}/{split}/{key}{suffix}` of the wanted keys, in parts of `per_part`, ordered by key.
+
+    prefix: `s3://bucket` or `s3://bucket/folder`, or a local folder. Access is by the AWS variables, the
+    machine's role, or anonymous without either. Each part has at most `threads` requests under way. A key that
+    the bucket has not is given with a FileNotFoundError; storage that cannot tell raises StorageError while the
+    part is read. (Where a bucket denies listing, S3 calls absent objects denied: that is such an error.)
+    """
+    if threads < 1:
+        raise ValueError(f"threads is {threads}; at least 1 must read: set {THREADS}")
+    folder = storage.join(prefix, split)
+    parts: list[Part] = []
+    for number, run in enumerate(cut(sorted(set(keys)), per_part)):
+        mark = mark_of([folder, suffix, *run])
+        parts.append(BucketPart(f"keys-{number:06d}-{mark}", folder, tuple(run), suffix, threads))
+    return parts
