@@ -1,21 +1,21 @@
 """One way to files on a local disk and in S3: a path is a str, either local or `s3://bucket/key`.
 
 Local files are written to a temporary file beside the target, flushed to the disk and renamed, so that a
-reader sees the whole file or none. S3 is reached by pyarrow for streams and by boto3 for what pyarrow lacks:
-anonymous buckets, retried and ranged reads, conditional writes. Region, keys and end point come from the usual
-AWS variables (`AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` for other servers); without keys, access is anonymous.
+reader sees the whole file or none. S3 is reached by boto3 (`paml.s3`), since pyarrow's time-outs cannot be set on
+Linux; its requests are bounded and repeated by PAML_S3_* (see `paml.s3.S3Limits`). Region, keys and end point come
+from the usual AWS variables (`AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` for other servers); without keys, access
+is anonymous.
 """
 
 import contextlib
 import errno
-import functools
 import hashlib
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -49,7 +49,7 @@ _REASONS = {
 
 @contextlib.contextmanager
 def _clear_errors(doing: str, path: str) -> Iterator[None]:
-    """Turn the operating system's errors and botocore's into StorageError; a missing file stays FileNotFoundError."""
+    """Turn the operating system's errors into StorageError; a missing file stays FileNotFoundError."""
     try:
         yield
     except (StorageError, FileNotFoundError, FileExistsError):
@@ -61,45 +61,11 @@ def _clear_errors(doing: str, path: str) -> Iterator[None]:
         raise StorageError(error.errno, f"cannot {doing} {path!r}: {reason}") from error
 
 
-def _botocore_error(error: Exception, doing: str, path: str) -> OSError:
-    from botocore import exceptions
+def _s3() -> ModuleType:
+    """`paml.s3`, which takes boto3 in and is loaded where it is needed."""
+    from paml import s3
 
-    if isinstance(error, exceptions.ClientError):
-        detail = error.response.get("Error", {})
-        code = str(detail.get("Code", ""))
-        if code in ("404", "NoSuchKey", "NotFound"):
-            return FileNotFoundError(errno.ENOENT, f"cannot {doing} {path!r}: there is no such object")
-        if code in ("412", "PreconditionFailed", "ConditionalRequestConflict", "409"):
-            return FileExistsError(errno.EEXIST, f"cannot {doing} {path!r}: it exists already")
-        if code == "NoSuchBucket":
-            return StorageError(
-                errno.ENOENT, f"cannot {doing} {path!r}: there is no such bucket: make it, or mend its name"
-            )
-        if code in ("403", "AccessDenied", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
-            return StorageError(
-                errno.EACCES,
-                f"cannot {doing} {path!r}: permission denied ({code}): check the AWS keys and the bucket's policy",
-            )
-        return StorageError(errno.EIO, f"cannot {doing} {path!r}: S3 answered {code}: {detail.get('Message', '')}")
-    if isinstance(error, exceptions.NoCredentialsError):
-        return StorageError(errno.EACCES, f"cannot {doing} {path!r}: no AWS keys: set AWS_ACCESS_KEY_ID and its secret")
-    return StorageError(
-        errno.EIO, f"cannot {doing} {path!r}: {error}: check the network and AWS_ENDPOINT_URL, then try again"
-    )
-
-
-@contextlib.contextmanager
-def _clear_s3_errors(doing: str, path: str) -> Iterator[None]:
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except (BotoCoreError, ClientError) as error:
-        raise _botocore_error(error, doing, path) from error
-    except Boto3Error as error:
-        cause = error.__cause__ or error.__context__ or error
-        raise _botocore_error(cause if isinstance(cause, Exception) else error, doing, path) from error
+    return s3
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -118,69 +84,12 @@ def join(root: str | os.PathLike[str], *parts: str) -> str:
     return os.path.join(base, *named)
 
 
-def _bucket_and_key(path: str) -> tuple[str, str]:
-    bucket, _, key = path.removeprefix("s3://").partition("/")
-    if not bucket:
-        raise StorageError(errno.EINVAL, f"{path!r} names no bucket: write s3://bucket/key")
-    return bucket, key
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-
-
-def _user() -> tuple[str | None, ...]:
-    """What tells one user of S3 from another, so that new keys in the environment get a new client."""
-    return tuple(os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"))
-
-
-@functools.lru_cache(maxsize=8)
-def _client_of(process: int, endpoint: str | None, user: tuple[str | None, ...]) -> Any:
-    from boto3.session import Session
-    from botocore import UNSIGNED
-    from botocore.config import Config
-
-    session = Session()
-    signed: dict[str, Any] = {} if session.get_credentials() else {"signature_version": UNSIGNED}
-    config = Config(
-        retries={"mode": "standard", "max_attempts": _MAX_ATTEMPTS},
-        connect_timeout=10,
-        read_timeout=60,
-        max_pool_connections=_CONNECTIONS,
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        **signed,
-    )
-    region = session.region_name or "us-east-1"
-    return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
-
-
-def _client() -> Any:
-    """The boto3 client of this process: one that a fork shares is not safe."""
-    return _client_of(os.getpid(), _endpoint(), _user())
-
-
-@functools.lru_cache(maxsize=8)
-def _arrow_s3_of(process: int, endpoint: str | None, user: tuple[str | None, ...]) -> pafs.FileSystem:
-    from boto3.session import Session
-
-    session = Session()
-    options: dict[str, Any] = {"anonymous": True} if session.get_credentials() is None else {}
-    if endpoint:
-        options["endpoint_override"] = endpoint
-    if session.region_name:
-        options["region"] = session.region_name
-    elif endpoint:
-        options["region"] = "us-east-1"
-    return pafs.S3FileSystem(**options)
-
-
 def exists(path: str) -> bool:
     """Whether a file (not a folder) lies at `path`."""
     if not is_remote(path):
         return os.path.isfile(path)
     try:
-        size_of(path)
+        _s3().head(path)
     except FileNotFoundError:
         return False
     return True
@@ -189,9 +98,7 @@ def exists(path: str) -> bool:
 def size_of(path: str) -> int:
     """Size of the file in bytes. Raises FileNotFoundError where there is none."""
     if is_remote(path):
-        bucket, key = _bucket_and_key(path)
-        with _clear_s3_errors("read", path):
-            return int(_client().head_object(Bucket=bucket, Key=key)["ContentLength"])
+        return _s3().head(path).size
     with _clear_errors("read", path):
         return os.stat(path).st_size
 
@@ -201,7 +108,7 @@ def read_bytes(path: str) -> bytes:
     if not is_remote(path):
         with _clear_errors("read", path), open(path, "rb") as file:
             return file.read()
-    return _read_object(path, None)
+    return _s3().read_object(path)
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
@@ -211,7 +118,7 @@ def read_range(path: str, offset: int, size: int) -> bytes:
     if size == 0:
         return b""
     if is_remote(path):
-        data = _read_object(path, f"bytes={offset}-{offset + size - 1}")
+        data = _s3().read_object(path, offset, size)
     else:
         with _clear_errors("read", path), open(path, "rb") as file:
             file.seek(offset)
@@ -224,23 +131,6 @@ def read_range(path: str, offset: int, size: int) -> bytes:
     return data
 
 
-def _read_object(path: str, byte_range: str | None) -> bytes:
-    """One object or a range of it. A connection that breaks within the body is tried again, three times in all."""
-    from botocore.exceptions import BotoCoreError
-
-    bucket, key = _bucket_and_key(path)
-    options = {} if byte_range is None else {"Range": byte_range}
-    with _clear_s3_errors("read", path):
-        for attempt in range(3):
-            try:
-                answer = _client().get_object(Bucket=bucket, Key=key, **options)
-                return answer["Body"].read()
-            except BotoCoreError:
-                if attempt == 2:
-                    raise
-    raise AssertionError("the loop returns or raises")
-
-
 def write_bytes(path: str, data: bytes, *, if_absent: bool = False) -> None:
     """Write the whole file at once: a reader sees all of it or nothing.
 
@@ -248,11 +138,7 @@ def write_bytes(path: str, data: bytes, *, if_absent: bool = False) -> None:
     succeeds. Folders are made as needed. Raises StorageError; the size is checked after the write.
     """
     if is_remote(path):
-        bucket, key = _bucket_and_key(path)
-        options = {"IfNoneMatch": "*"} if if_absent else {}
-        with _clear_s3_errors("write", path):
-            _client().put_object(Bucket=bucket, Key=key, Body=data, **options)
-        _check_size(path, len(data))
+        _s3().write_object(path, data, if_absent=if_absent)
         return
     with replacing(path, if_absent=if_absent) as temporary, open(temporary, "wb") as file:
         file.write(data)
@@ -332,29 +218,17 @@ def upload(local: str, path: str, *, if_absent: bool = False) -> None:
         with replacing(path, if_absent=if_absent) as temporary:
             shutil.copyfile(local, temporary)
         return
-    size = size_of(local)
-    bucket, key = _bucket_and_key(path)
-    with _clear_s3_errors("write", path), _clear_errors("read", local):
-        if if_absent:
-            with open(local, "rb") as body:
-                _client().put_object(Bucket=bucket, Key=key, Body=body, IfNoneMatch="*")
-        else:
-            from boto3.s3.transfer import TransferConfig
-
-            transfer = TransferConfig(multipart_threshold=_MULTIPART_BYTES, multipart_chunksize=_MULTIPART_BYTES)
-            _client().upload_file(local, bucket, key, Config=transfer)
-    _check_size(path, size)
+    with _clear_errors("read", local):
+        _s3().upload_file(local, path, if_absent=if_absent)
 
 
 def copy_to_local(path: str, local: str) -> None:
     """Copy `path` to the local file `local`, whole or not at all; the size is checked."""
-    expected = size_of(path)
     with replacing(local) as temporary:
         if is_remote(path):
-            bucket, key = _bucket_and_key(path)
-            with _clear_s3_errors("read", path):
-                _client().download_file(bucket, key, temporary)
+            expected = _s3().download_file(path, temporary)
         else:
+            expected = size_of(path)
             shutil.copyfile(path, temporary)
     _check_size(local, expected)
 
@@ -367,10 +241,8 @@ def local_copy(path: str) -> str:
     """
     if not is_remote(path):
         return path
-    bucket, key = _bucket_and_key(path)
-    with _clear_s3_errors("read", path):
-        head = _client().head_object(Bucket=bucket, Key=key)
-    mark = f"{_endpoint()} {path} {head['ETag']} {head['ContentLength']}"
+    about = _s3().head(path)
+    mark = f"{_s3().endpoint()} {path} {about.etag} {about.size}"
     cached = os.path.join(cache_folder(), hashlib.sha256(mark.encode()).hexdigest()[:32] + "-" + path.split("/")[-1])
     if not exists(cached):
         copy_to_local(path, cached)
@@ -387,7 +259,7 @@ def open_input(path: str) -> pa.NativeFile:
     """The file opened for reading, seekable; the caller closes it. Raises FileNotFoundError or StorageError."""
     with _clear_errors("read", path):
         if is_remote(path):
-            return _arrow_s3_of(os.getpid(), _endpoint(), _user()).open_input_file(path.removeprefix("s3://"))
+            return pa.PythonFile(_s3().ObjectReader(path), mode="r")
         return pafs.LocalFileSystem().open_input_file(path)
 
 
@@ -414,12 +286,9 @@ def list_sizes(folder: str) -> list[tuple[str, int]]:
 
 
 def _list_objects(folder: str) -> list[tuple[str, int]]:
-    bucket, prefix = _bucket_and_key(folder.rstrip("/") + "/")
-    found = []
-    with _clear_s3_errors("list", folder):
-        pages = _client().get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=bucket, Prefix=prefix, PaginationConfig={"PageSize": _PAGE_KEYS}):
-            found += [(entry["Key"][len(prefix) :], int(entry["Size"])) for entry in page.get("Contents", [])]
+    root = folder.rstrip("/") + "/"
+    prefix = _s3().bucket_and_key(root)[1]
+    found = [(key[len(prefix) :], size) for key, size in _s3().list_objects(root)]
     return sorted(entry for entry in found if entry[0])
 
 
@@ -431,9 +300,7 @@ def _raise_unless_missing(error: OSError) -> None:
 def delete(path: str) -> None:
     """Remove one file; nothing happens where there is none."""
     if is_remote(path):
-        bucket, key = _bucket_and_key(path)
-        with _clear_s3_errors("delete", path):
-            _client().delete_object(Bucket=bucket, Key=key)
+        _s3().delete_object(path)
         return
     with _clear_errors("delete", path), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
@@ -442,21 +309,10 @@ def delete(path: str) -> None:
 def delete_folder(folder: str) -> None:
     """Remove a folder and all under it; nothing happens where there is none. A whole bucket is refused."""
     if is_remote(folder):
-        bucket, prefix = _bucket_and_key(folder.rstrip("/"))
+        _, prefix = _s3().bucket_and_key(folder.rstrip("/"))
         if not prefix:
             raise StorageError(errno.EINVAL, f"will not delete the whole bucket {folder!r}: name a folder in it")
-        names = list_files(folder)
-        with _clear_s3_errors("delete", folder):
-            for start in range(0, len(names), _PAGE_KEYS):
-                entries = [{"Key": f"{prefix}/{name}"} for name in names[start : start + _PAGE_KEYS]]
-                answer = _client().delete_objects(Bucket=bucket, Delete={"Objects": entries, "Quiet": True})
-                if answer.get("Errors"):
-                    first = answer["Errors"][0]
-                    raise StorageError(
-                        errno.EACCES,
-                        f"cannot delete {len(answer['Errors'])} of {len(entries)} objects under {folder!r}: "
-                        f"{first.get('Code')} for {first.get('Key')!r}: check the bucket's policy",
-                    )
+        _s3().delete_objects(folder, [f"{prefix}/{name}" for name in list_files(folder)])
         return
     with _clear_errors("delete", folder), contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from paml import s3 as s3_module
 from paml import storage
 from paml.storage import StorageError
 
@@ -153,7 +154,7 @@ def test_upload_and_copies(root: str, tmp_path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_multipart_upload_is_whole(s3: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_MULTIPART_BYTES", 5 << 20)
+    monkeypatch.setattr(s3_module, "PART_BYTES", 5 << 20)
     data = os.urandom((11 << 20) + 17)
     (tmp_path / "large").write_bytes(data)
     storage.upload(str(tmp_path / "large"), s3 + "/large")
@@ -161,7 +162,7 @@ def test_multipart_upload_is_whole(s3: str, tmp_path, monkeypatch: pytest.Monkey
 
 
 def test_listing_and_deleting_more_than_a_page(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_PAGE_KEYS", 10)
+    monkeypatch.setattr(s3_module, "PAGE_KEYS", 10)
     for number in range(35):
         storage.write_bytes(f"{s3}/many/{number:04d}", b"")
     storage.write_bytes(f"{s3}/many-more/kept", b"")
@@ -203,8 +204,11 @@ def test_a_server_that_is_down_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setattr(storage, "_MAX_ATTEMPTS", 1)
-    with pytest.raises(StorageError, match="check the network and AWS_ENDPOINT_URL"):
+    monkeypatch.setenv("PAML_S3_ATTEMPTS", "1")
+    with pytest.raises(
+        StorageError,
+        match=r"cannot read 's3://bucket/key': given up after 1 try in .*: check the network and AWS_ENDPOINT_URL",
+    ):
         storage.read_bytes("s3://bucket/key")
 
 

@@ -104,6 +104,10 @@ class FaultProxy:
         """Break the next requests of a method just so, None for a sound one; the plan goes on after them."""
         self._script[method].extend(faults)
 
+    def clear_script(self) -> None:
+        """Forget the faults that were scripted and did not come."""
+        self._script.clear()
+
     @contextlib.contextmanager
     def calm(self) -> Iterator[None]:
         """Break nothing within the block."""
