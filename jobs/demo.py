@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -61,10 +62,10 @@ def _prepared(name: str, images: dict[str, int], side: int, seed: int, *, single
     return out
 
 
-def make_weights(seed: int) -> Path:
+def make_weights() -> Path:
     """A backbone that knows single digits: what ImageNet weights are to photos. Kept where it is there already.
 
-    The same seed keeps the handwriting of the test scenes out of what it learns from.
+    It serves the scenes of every seed: their test handwriting is never in a training split.
     """
     from safetensors.torch import save_file
 
@@ -77,12 +78,12 @@ def make_weights(seed: int) -> Path:
     from paml.training.settings import TrackingSettings, TrainSettings
     from paml.training.world import World
 
-    weights = DATA / f"single-digits-seed{seed}.safetensors"
+    weights = DATA / "single-digits.safetensors"
     if weights.exists():
         return weights
-    data = _prepared(f"single-digits-seed{seed}", SINGLES, SINGLE_SIDE, seed, single=True)
+    data = _prepared("single-digits", SINGLES, SINGLE_SIDE, seed=0, single=True)
     settings = TrainSettings(
-        run=TrackingSettings(storage=str(DATA), name=f"single-digits-seed{seed}-run"),
+        run=TrackingSettings(storage=str(DATA), name="single-digits-run"),
         data=DataSettings(
             root=str(data), train_labels="labels/train-full.arrow", train_truth=None, test_split=None, flip=0.0
         ),
@@ -94,6 +95,7 @@ def make_weights(seed: int) -> Path:
         batch_size=64,
     )
     print("\nbackbone: learning single digits from full labels, in this process", flush=True)
+    shutil.rmtree(run_folder_of(settings), ignore_errors=True)  # of an earlier demo that was stopped here
     result = train(settings, World(), Watcher(bar=terminal_bar))
     newest = read_checkpoint(run_folder_of(settings), result.best["1"]["checkpoint"], groups=("weights",))
     tensors = newest.tensors["weights"]
@@ -174,7 +176,7 @@ def demo(seed: int, options: list[str]) -> None:
     """Data, a backbone, two runs, the comparison."""
     begun = time.monotonic()
     data = make_data(seed)
-    weights = make_weights(seed)
+    weights = make_weights()
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = {title: f"demo-{stamp}-{title.lower().replace(' + ', '-')}" for title in ROWS}
     print("\nstarting Ray (on free ports, stopped at the end)", flush=True)

@@ -20,7 +20,7 @@ def _best_test_map(root: Path, data: Path, seed: int, options: list[str]) -> flo
         "seed": seed,
         "data.root": str(data),
         "run.storage": str(root),
-        "model.weights": str(demo.make_weights(seed)),
+        "model.weights": str(demo.make_weights()),
     }
     settings = unflatten(TrainSettings, flat)
     settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, name=settings.loss.name))

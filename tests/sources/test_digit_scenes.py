@@ -110,7 +110,7 @@ def test_class_frequencies_have_a_long_tail():
 def test_no_digit_image_serves_two_splits():
     from sklearn.datasets import load_digits
 
-    pools = digit_scenes._digits_of_splits(0)
+    pools = digit_scenes._digits_of_splits()
     by_split = {split: [pixels.tobytes() for pool in parts for pixels in pool] for split, parts in pools.items()}
     assert sum(map(len, by_split.values())) == np.isin(load_digits().target, digit_scenes.DIGITS).sum()
     assert all(len(pool) >= 20 for parts in pools.values() for pool in parts)
@@ -183,7 +183,7 @@ def test_settings_that_make_no_scenes_are_refused(tmp_path: Path, arguments: dic
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), size=st.integers(32, 200))
 def test_digits_never_touch_each_other_and_lie_inside(seed: int, size: int):
-    pools = digit_scenes._digits_of_splits(0)["train"]
+    pools = digit_scenes._digits_of_splits()["train"]
     scene = digit_scenes._draw_scene(np.random.default_rng(seed), pools, digit_scenes._class_weights(0), size, False)
     assert len(set(scene.classes)) == len(scene.classes) == len(scene.boxes) >= 1
     ink = np.zeros((size, size), int)
