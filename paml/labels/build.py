@@ -1,8 +1,9 @@
 """From annotation CSV files of Open Images (V3 to V7) to a label table.
 
-DuckDB parses within a memory limit, in parallel; what remains of a row is 10 bytes (key and code), so memory
-is O(annotations). Nothing is dropped in silence: every row is either a label of the table or is counted by kind
-and written to the rejects file beside it.
+Lines of the usual form are parsed block by block by `paml.labels.plain`, on all cores; all others, and files that
+have another form throughout, by DuckDB within a memory limit. What remains of a row is 10 bytes (key and code), so
+memory is O(annotations). Nothing is dropped in silence: every row is either a label of the table or is counted by
+kind and written to the rejects file beside it.
 """
 
 import contextlib
@@ -13,8 +14,9 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,19 +24,25 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from paml import storage
+from paml.labels.plain import ClassWords, PlainLines, blocks_of, parse_block
+from paml.labels.settle import (
+    CONFLICT_RULES,
+    ConflictRule,
+    Labels,
+    Settled,
+    ahead,
+    by_key,
+    in_blocks,
+    refuse_contradictions,
+    settle,
+)
 from paml.labels.states import LabelError
 from paml.labels.table import check_classes, code_type, hex_to_uint64, uint64_to_hex, write_table
 
 HEADER = ("ImageID", "Source", "LabelName", "Confidence")
 KINDS = ("malformed_row", "unknown_class", "malformed_confidence", "duplicate", "contradiction")
-CONFLICT_RULES = {
-    "negative": "a pair that is both 1 and 0 is NEGATIVE; the rows that say 1 are rejected",
-    "positive": "a pair that is both 1 and 0 is POSITIVE; the rows that say 0 are rejected",
-    "drop": "a pair that is both 1 and 0 is left UNOBSERVED; all its rows are rejected",
-    "error": "a pair that is both 1 and 0 stops the build",
-}
 _BATCH_ROWS = 1 << 18
-_SETTLE_ROWS = 1 << 20
+_BLOCK_BYTES = 1 << 20
 _MAX_TEXT = 500
 _CONFIDENCES = pa.array(["0", "1", "0.0", "1.0"])  # the last bit of a place is the state
 _UNKNOWN, _BAD_CONFIDENCE, _BAD_ROW = -1, -2, -3
@@ -61,18 +69,18 @@ _REJECTS = pa.schema(
 class LabelSettings:
     """How annotation files become a table."""
 
-    conflict: Literal["negative", "positive", "drop", "error"] = "negative"
+    conflict: ConflictRule = "negative"
     """What becomes of a pair that is both 1 and 0: see CONFLICT_RULES. Recorded in the table."""
     image_ids: Literal["auto", "hex"] = "auto"
     """`hex` rejects, as malformed rows, ImageIDs other than 16 lower-case hex digits; `auto` takes any name, and
     stores all keys as text (20 bytes an image, not 8) as soon as one is no such number."""
     memory_limit_mb: int = 512
-    """What DuckDB may use, in MiB; what needs more is spilled to the temporary folder. The labels themselves take
-    about 40 bytes each while they are sorted, over and above this."""
+    """What DuckDB may use for lines of unusual form, in MiB; what needs more is spilled to the temporary folder. The
+    labels themselves take about 20 bytes each while they are sorted, over and above this."""
     threads: int = 0
-    """Threads of the parser; 0 takes the cores that this process may use."""
+    """Threads that parse and sort; 0 takes the cores that this process may use."""
     temp_folder: str | None = None
-    """Where DuckDB spills; the system's temporary folder by default."""
+    """Where DuckDB spills and lines of unusual form wait for it; the system's temporary folder by default."""
 
     def __post_init__(self) -> None:
         if self.conflict not in CONFLICT_RULES:
@@ -142,17 +150,6 @@ class LabelReport:
         return "\n".join(lines)
 
 
-class _Settled(NamedTuple):
-    """Labels in order: keys uint64[n], offsets int64[n + 1], codes[m]; rejected ones as (key uint64, code) arrays."""
-
-    keys: np.ndarray
-    offsets: np.ndarray
-    codes: np.ndarray
-    duplicates: tuple[np.ndarray, np.ndarray]
-    contradictions: tuple[np.ndarray, np.ndarray]
-    conflicting_pairs: int
-
-
 def build_label_table(
     annotations: str | Sequence[str],
     classes: str,
@@ -183,7 +180,8 @@ def build_label_table(
     mids = read_classes(classes)
     names, unnamed = _names_of(mids, descriptions)
     local = {path: storage.local_copy(path) for path in paths}
-    quoted = {path: _check_header(path, local[path]) for path in paths}
+    forms = {path: _check_header(path, local[path]) for path in paths}
+    threads = settings.threads or _usable_cores()
 
     rejects_path = os.path.splitext(out)[0] + ".rejects.parquet"
     with (
@@ -193,10 +191,14 @@ def build_label_table(
         labels = _Collected(code_type(len(mids)), settings.image_ids)
         with _parser(settings) as connection:
             for path in paths:
-                _parse(connection, path, local[path], quoted[path], pa.array(mids), labels, rejects, progress)
+                file = _File(path, local[path], forms[path], settings.temp_folder, threads)
+                _parse(connection, file, mids, labels, rejects, progress)
         if labels.count == 0:
             raise LabelError(_nothing_usable(paths, classes, mids, rejects))
-        settled, keys = labels.settle(settings.conflict, mids)
+        settled, keys = labels.settle(settings.conflict, threads)
+        if settings.conflict == "error":
+            advice = "mend the files, or set labels.conflict to negative, positive or drop"
+            refuse_contradictions(settled, lambda key: _key_text(keys, key), mids, advice)
         rejects.add_labels("duplicate", keys, settled.duplicates, mids)
         rejects.add_labels("contradiction", keys, settled.contradictions, mids)
         sources = [
@@ -286,8 +288,19 @@ def _names_of(mids: Sequence[str], descriptions: str | None) -> tuple[list[str],
     return [known.get(mid) or mid for mid in mids], sum(not known.get(mid) for mid in mids)
 
 
-def _check_header(path: str, local: str) -> bool:
-    """Whether the file quotes its fields. Raises LabelError where it is empty or its header is another one."""
+@dataclass(frozen=True)
+class _Form:
+    """What the first lines say of a file."""
+
+    header_bytes: int
+    quoted: bool
+    """Fields stand in quotes."""
+    carriage_returns: bool
+    """Lines end with a carriage return and a line feed."""
+
+
+def _check_header(path: str, local: str) -> _Form:
+    """The form of the file. Raises LabelError where it is empty or its header is another one."""
     expected = ",".join(HEADER)
     with open(local, "rb") as file:
         first = file.readline(1 << 16)
@@ -305,7 +318,7 @@ def _check_header(path: str, local: str) -> bool:
             f"annotation file {path!r} has a wrong header: found {found[:200]!r}, expected {expected!r}: "
             + _header_advice(found)
         )
-    return second.startswith(b'"')
+    return _Form(len(first), quoted=second.startswith(b'"'), carriage_returns=second.endswith(b"\r\n"))
 
 
 def _header_advice(found: str) -> str:
@@ -365,20 +378,99 @@ def _literal_path(path: str) -> str:
     return _literal("".join(f"[{mark}]" if mark in "*?[" else mark for mark in path))
 
 
+@dataclass(frozen=True)
+class _File:
+    """One annotation file on its way into the table."""
+
+    path: str
+    """As the user names it."""
+    local: str
+    """Where it can be read."""
+    form: _Form
+    temp_folder: str | None
+    threads: int
+
+
 def _parse(
     connection: Any,
-    path: str,
-    local: str,
-    quoted: bool,
-    mids: pa.Array,
+    file: _File,
+    mids: Sequence[str],
     labels: "_Collected",
     rejects: "_Rejects",
     progress: Callable[[str, int], None] | None,
 ) -> None:
-    """Stream one file into `labels` and `rejects`."""
+    """Read one file into `labels` and `rejects`: what is plain in blocks, the rest with care."""
+    say = (lambda rows: progress(file.path, rows)) if progress else lambda rows: None
+    if file.form.quoted or file.form.carriage_returns:
+        _parse_with_care(connection, file, file.local, None, mids, labels, rejects, say)
+        return
+    with tempfile.TemporaryDirectory(prefix="paml-labels-", dir=file.temp_folder) as folder:
+        odd = os.path.join(folder, "odd.csv")
+        read = _parse_plain(file, odd, mids, labels, say)
+        if read is None:
+            _parse_with_care(connection, file, file.local, None, mids, labels, rejects, say)
+        elif len(read[1]):
+            rows, numbers = read
+            _parse_with_care(connection, file, odd, numbers, mids, labels, rejects, lambda more: say(rows + more))
+
+
+def _parse_plain(
+    file: _File, odd: str, mids: Sequence[str], labels: "_Collected", say: Callable[[int], None]
+) -> tuple[int, np.ndarray] | None:
+    """Read the plain lines into `labels` and copy the others, below a header, to the file `odd`.
+
+    Returns the number of plain lines and int64[k], the line numbers (from 1) of the others; None, with nothing done,
+    where most lines of the first block are of another form.
+    """
+    classes = ClassWords(mids)
+
+    def read(block: np.ndarray) -> tuple[PlainLines, Labels]:
+        lines = parse_block(block, classes)
+        return lines, by_key(lines.keys, lines.codes.astype(labels.dtype))
+
+    rows, line, numbers = 0, 2, []
+    try:
+        with (
+            open(file.local, "rb", buffering=0) as source,
+            open(odd, "wb") as others,
+            ThreadPoolExecutor(file.threads, "paml-labels") as pool,
+        ):
+            source.seek(file.form.header_bytes)
+            others.write(",".join(HEADER).encode() + b"\n")
+            for lines, plain in ahead(pool, read, blocks_of(source, _BLOCK_BYTES), file.threads + 1):
+                if line == 2 and 2 * len(lines.odd_lines) > lines.lines:
+                    return None
+                labels.add_plain(plain)
+                others.write(lines.odd)
+                numbers.append(lines.odd_lines + line)
+                line += lines.lines
+                rows += len(plain.keys)
+                say(rows)
+    except OSError as error:
+        raise storage.StorageError(
+            error.errno or 0, f"cannot read {file.path!r} or put its unusual lines into {odd!r}: {error.strerror}"
+        ) from error
+    return rows, np.concatenate(numbers) if numbers else np.empty(0, np.int64)
+
+
+def _parse_with_care(
+    connection: Any,
+    file: _File,
+    local: str,
+    numbers: np.ndarray | None,
+    mids: Sequence[str],
+    labels: "_Collected",
+    rejects: "_Rejects",
+    say: Callable[[int], None],
+) -> None:
+    """Stream the CSV file `local` into `labels` and `rejects`.
+
+    numbers: the numbers that its lines have in `file`, if it holds but some of them.
+    """
     import duckdb
 
-    quote = _literal('"' if quoted else "")
+    path, allowed = file.path, pa.array(mids)
+    quote = _literal('"' if file.form.quoted else "")
     columns = ", ".join(f"{_literal(name)}: 'VARCHAR'" for name in HEADER)
     query = f"""
         FROM read_csv({_literal_path(local)}, auto_detect = false, header = true, delim = ',',
@@ -390,7 +482,7 @@ def _parse(
     try:
         for batch in connection.sql(query).to_arrow_reader(_BATCH_ROWS):
             rows += batch.num_rows
-            codes = _codes_of(batch, mids)
+            codes = _codes_of(batch, allowed)
             bad = codes < 0
             if bad.any():
                 rejects.add_rows(path, batch.filter(pa.array(bad)), codes[bad])
@@ -398,8 +490,7 @@ def _parse(
             odd = labels.add(batch.column("ImageID"), codes)
             if odd is not None:
                 rejects.add_odd_keys(path, batch.filter(pa.array(odd)))
-            if progress is not None:
-                progress(path, rows)
+            say(rows)
     except duckdb.InvalidInputException as error:
         raise LabelError(
             f"annotation file {path!r} cannot be parsed: {str(error).splitlines()[0]}: its line ends may be mixed "
@@ -408,8 +499,11 @@ def _parse(
     bad_lines = connection.sql(
         "SELECT line, min(error_type::VARCHAR) AS reason, "
         f"left(any_value(csv_line), {_MAX_TEXT}) AS text FROM bad_lines GROUP BY line ORDER BY line"
-    )
-    rejects.add_lines(path, bad_lines.to_arrow_table())
+    ).to_arrow_table()
+    if numbers is not None and bad_lines.num_rows:
+        own = numbers[bad_lines["line"].to_numpy().astype(np.int64) - 2]
+        bad_lines = bad_lines.set_column(0, "line", pa.array(own))
+    rejects.add_lines(path, bad_lines)
 
 
 def _codes_of(batch: pa.RecordBatch, mids: pa.Array) -> np.ndarray:
@@ -437,58 +531,53 @@ class _Collected:
     def __init__(self, dtype: np.dtype, image_ids: str) -> None:
         self.count = 0
         self.first_text_key: str | None = None
-        self._dtype = dtype
+        self.dtype = dtype
         self._hex_only = image_ids == "hex"
-        self._values: list[np.ndarray] = []
-        self._texts: list[pa.Array] = []
-        self._codes: list[np.ndarray] = []
+        self._blocks: list[Labels] = []
+        self._texts: list[tuple[pa.Array, np.ndarray]] = []
+
+    def add_plain(self, block: Labels) -> None:
+        """Keep labels with hex keys, ascending by key."""
+        if self.first_text_key is None:
+            self._blocks.append(block)
+        else:
+            self._texts.append((uint64_to_hex(block.keys), block.codes))
+        self.count += len(block.keys)
 
     def add(self, keys: pa.Array, codes: np.ndarray) -> np.ndarray | None:
         """Keep one batch; bool[n] of the rows refused for their keys, None where there are none."""
-        refused = None
+        refused, codes = None, codes.astype(self.dtype)
         if self.first_text_key is None:
             values, valid = hex_to_uint64(keys)
-            if not valid.all() and self._hex_only:
-                refused = ~valid
-                values, codes = values[valid], codes[valid]
-            elif not valid.all():
-                self.first_text_key = keys[int(np.flatnonzero(~valid)[0])].as_py()
-                self._texts = [uint64_to_hex(kept) for kept in self._values]
-                self._values = []
-            if self.first_text_key is None:
-                self._values.append(values)
-        if self.first_text_key is not None:
-            self._texts.append(keys)
-        self._codes.append(codes.astype(self._dtype))
+            if valid.all() or self._hex_only:
+                refused = None if valid.all() else ~valid
+                self.add_plain(by_key(values[valid], codes[valid]))
+                return refused
+            self.first_text_key = keys[int(np.flatnonzero(~valid)[0])].as_py()
+            self._texts = [(uint64_to_hex(block.keys), block.codes) for block in self._blocks]
+            self._blocks = []
+        self._texts.append((keys, codes))
         self.count += len(codes)
         return refused
 
-    def settle(self, conflict: str, mids: Sequence[str]) -> tuple[_Settled, Callable[[np.ndarray], pa.Array]]:
+    def settle(self, conflict: ConflictRule, threads: int) -> tuple[Settled, Callable[[np.ndarray], pa.Array]]:
         """The labels in order, and what turns their keys (uint64) into keys as stored. Empties this collection."""
-        codes = _joined(self._codes)
         if self.first_text_key is None:
-            values = _joined(self._values)
-            stored: Callable[[np.ndarray], pa.Array] = pa.array
-        else:
-            coded = pa.concat_arrays([text.cast(pa.large_string()) for text in self._texts]).dictionary_encode()
-            self._texts = []
-            order = pc.call_function("array_sort_indices", [coded.dictionary]).to_numpy().astype(np.int64)
-            rank = np.empty(len(order), np.uint64)
-            rank[order] = np.arange(len(order))
-            values = rank[coded.indices.to_numpy()]
-            stored = _taker(coded.dictionary.take(pa.array(order)))
-        return _settle(values, codes, conflict, lambda key: _key_text(stored, key), mids), stored
+            return settle(self._blocks, conflict, threads=threads), pa.array
+        codes = np.concatenate([codes for _, codes in self._texts])
+        texts = pa.concat_arrays([text.cast(pa.large_string()) for text, _ in self._texts])
+        self._texts = []
+        values, dictionary = ranked(texts)
+        return settle(list(in_blocks(values, codes)), conflict, threads=threads), _taker(dictionary)
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    """The parts in one array; the list is emptied on the way, so that both never exist in full."""
-    whole = np.empty(sum(len(part) for part in parts), parts[0].dtype)
-    end = len(whole)
-    while parts:
-        part = parts.pop()
-        whole[end - len(part) : end] = part
-        end -= len(part)
-    return whole
+def ranked(texts: pa.Array) -> tuple[np.ndarray, pa.Array]:
+    """(uint64[n], large_string[u]): the rank of each text among the u distinct ones, and these, ascending."""
+    coded = texts.dictionary_encode()
+    order = pc.call_function("array_sort_indices", [coded.dictionary]).to_numpy().astype(np.int64)
+    rank = np.empty(len(order), np.uint64)
+    rank[order] = np.arange(len(order))
+    return rank[coded.indices.to_numpy()], coded.dictionary.take(pa.array(order))
 
 
 def _taker(column: pa.Array) -> Callable[[np.ndarray], pa.Array]:
@@ -501,82 +590,6 @@ def _key_text(stored: Callable[[np.ndarray], pa.Array], key: int) -> str:
 
 def _as_text(keys: pa.Array) -> pa.Array:
     return uint64_to_hex(keys.to_numpy()) if pa.types.is_uint64(keys.type) else keys
-
-
-def _settle(
-    keys: np.ndarray, codes: np.ndarray, conflict: str, text_of: Callable[[int], str], mids: Sequence[str]
-) -> _Settled:
-    """Sort labels by (key, class), keep one of equal rows and settle contradictions.
-
-    Works on ranges of keys of about a million labels, whose sorting stays in the cache and whose copies stay small.
-    """
-    pieces = max(1, len(keys) // _SETTLE_ROWS)
-    sample = np.sort(keys[:: max(1, len(keys) // (64 * pieces))])
-    bounds = np.unique(sample[(np.arange(1, pieces) * len(sample)) // pieces])
-    piece_of = np.zeros(len(keys), np.uint8 if len(bounds) < 256 else np.uint16)
-    for bound in bounds:
-        piece_of += keys >= bound
-    columns: list[list[np.ndarray]] = [[] for _ in range(8)]
-    for piece in range(len(bounds) + 1):
-        here = np.flatnonzero(piece_of == piece)
-        for column, part in zip(columns, _settle_piece(keys[here], codes[here], conflict), strict=True):
-            column.append(part)
-    unique, counts, settled, *rejected, conflicting = map(_joined, columns)
-    if conflict == "error" and len(conflicting):
-        some = ", ".join(
-            f"image {text_of(int(key))} and class {mids[int(code) >> 1]}"
-            for key, code in zip(rejected[2][:3], rejected[3][:3], strict=True)
-        )
-        raise LabelError(
-            f"{len(conflicting):,} pairs are both 1 and 0, the first: {some}: mend the files, or set labels.conflict "
-            "to negative, positive or drop"
-        )
-    offsets = np.zeros(len(unique) + 1, np.int64)
-    np.cumsum(counts, dtype=np.int64, out=offsets[1:])
-    return _Settled(unique, offsets, settled, (rejected[0], rejected[1]), (rejected[2], rejected[3]), len(conflicting))
-
-
-def _settle_piece(keys: np.ndarray, codes: np.ndarray, conflict: str) -> tuple[np.ndarray, ...]:
-    """(keys, counts, codes, duplicate keys, codes, contradicting keys, codes, conflicting pairs) of one range."""
-    order = np.argsort(keys)
-    ascending = keys[order]
-    starts = np.ones(len(keys), bool)
-    np.not_equal(ascending[1:], ascending[:-1], out=starts[1:])
-    unique = ascending[starts]
-    pairs = np.cumsum(starts, dtype=np.int64)
-    pairs -= 1
-    pairs <<= 32
-    pairs |= codes[order].astype(np.int64)
-    pairs.sort()
-    repeats = np.zeros(len(pairs), bool)
-    np.equal(pairs[1:], pairs[:-1], out=repeats[1:])
-    # A contradiction is two neighbours of one pair once repeats are gone: first the negative, then the positive.
-    single = pairs[~repeats] if repeats.any() else pairs
-    second = np.flatnonzero((single[1:] >> 1) == (single[:-1] >> 1)) + 1
-    conflicting = single[second] >> 1
-    lost = np.zeros(len(single), bool)
-    lost[second] = conflict != "positive"
-    if conflict in ("positive", "drop", "error"):
-        lost[second - 1] = True
-    repeated, losing = pairs[repeats], single[lost]
-    if len(losing) and len(repeated):
-        # Copies of a row that loses are contradictions too, not duplicates: all that the file said is counted once.
-        copies = np.isin(repeated, losing)
-        losing, repeated = np.concatenate([losing, repeated[copies]]), repeated[~copies]
-    kept = single[~lost] if len(losing) else single
-    counts = np.bincount(kept >> 32, minlength=len(unique))
-    has_labels = counts > 0
-    low = np.int64(0xFFFFFFFF)
-    return (
-        unique[has_labels],
-        counts[has_labels].astype(np.int32),
-        (kept & low).astype(codes.dtype),
-        unique[repeated >> 32],
-        (repeated & low).astype(codes.dtype),
-        unique[losing >> 32],
-        (losing & low).astype(codes.dtype),
-        conflicting,
-    )
 
 
 class _Rejects:

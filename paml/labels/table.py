@@ -25,6 +25,7 @@ _METADATA_KEY = b"paml"
 _KIND = "label_table"
 _MAX_ANNOTATIONS = 2**31 - 1
 _COUNT_BLOCK = 1 << 22
+_HEX_BLOCK = 1 << 15  # what stays in the cache
 
 
 class Triples(NamedTuple):
@@ -246,16 +247,30 @@ def as_strings(keys: Any) -> pa.Array:
     return pa.array(keys, pa.string())
 
 
-def _pairs_of_hex() -> np.ndarray:
-    """uint16[65536]: the byte that two hex digits write, 256 where they are not lower-case hex digits."""
-    nibble = np.full(256, 256, np.uint16)
-    nibble[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
-    low, high = np.meshgrid(nibble, nibble, indexing="ij")  # the first digit is the low byte of a little-endian pair
-    pairs = np.where((low < 256) & (high < 256), low * 16 + high, 256)
-    return pairs.T.reshape(-1).astype(np.uint16)
-
-
-_PAIRS = _pairs_of_hex()
+def words_to_uint64(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(uint64[n], bool[n]): the values of 16 hex digits each, as two little-endian words of 8 characters uint64[n, 2],
+    and which of them are all digits or lower-case letters a to f. The arithmetic treats 8 characters at a time.
+    """
+    halves, wrong = [], np.zeros(len(words), np.uint64)
+    for text in np.ascontiguousarray(words.T):
+        digits = (text >> np.uint64(6)) & np.uint64(0x0101010101010101)  # 1 for a letter
+        digits *= np.uint64(9)
+        digits += text & np.uint64(0x0F0F0F0F0F0F0F0F)
+        # A character is right if its digit is below 16 and writes that character again.
+        wrong |= digits & np.uint64(0xF0F0F0F0F0F0F0F0)
+        again = (digits + np.uint64(0x0606060606060606)) >> np.uint64(4)
+        again &= np.uint64(0x0101010101010101)
+        again *= np.uint64(0x27)
+        again += digits
+        again += np.uint64(0x3030303030303030)
+        wrong |= again ^ text
+        # Digits move together: into bytes, pairs, and the word, whose first digit is the highest.
+        digits = ((digits << np.uint64(4)) | (digits >> np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF)
+        digits = (digits | (digits >> np.uint64(8))) & np.uint64(0x0000FFFF0000FFFF)
+        halves.append((digits | (digits >> np.uint64(16))) & np.uint64(0xFFFFFFFF))
+    values = halves[1] << np.uint64(32)
+    values |= halves[0]
+    return values.byteswap(inplace=True), wrong == 0
 
 
 def hex_to_uint64(keys: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -275,10 +290,11 @@ def hex_to_uint64(keys: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     else:
         digits = np.zeros((count, 16), np.uint8)
         digits[valid] = text[offsets[:-1][valid][:, None] + np.arange(16)]
-    pairs = _PAIRS[np.ascontiguousarray(digits).view("<u2")]
-    if pairs.max() > 255:
-        valid = valid & (pairs.max(axis=1) < 256)
-    values = np.ascontiguousarray(pairs.astype(np.uint8)).view(">u8")[:, 0].astype(np.uint64)
+    values = np.empty(count, np.uint64)
+    for start in range(0, count, _HEX_BLOCK):
+        part = slice(start, start + _HEX_BLOCK)
+        values[part], right = words_to_uint64(digits[part].view("<u8"))
+        valid[part] &= right
     return values, valid
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from paml import storage
 from paml.labels import LabelError, LabelSettings, LabelTable, build_label_table
 from paml.labels import build as build_module
+from paml.labels import settle as settle_module
 from tests.helpers.shared import shared
 from tests.labels.test_table import pairs_of
 
@@ -125,7 +126,7 @@ def expected(rows: list[tuple[str, ...]], rule: str) -> tuple[dict, Counter]:
 @pytest.mark.parametrize("rule", ["negative", "positive", "drop"])
 def test_a_table_equals_the_plain_reading(rule, tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path_factory.mktemp("build")
-    monkeypatch.setattr(build_module, "_SETTLE_ROWS", 3)
+    monkeypatch.setattr(settle_module, "_SETTLE_ROWS", 3)
     monkeypatch.setattr(build_module, "_BATCH_ROWS", 2)
 
     @settings(max_examples=25, deadline=None)
@@ -163,7 +164,7 @@ def test_many_images_settle_in_pieces(tmp_path: Path, monkeypatch: pytest.Monkey
     pairs, counts = expected(rows, "negative")
     assert pairs_of(LabelTable.open(whole.path)) == pairs
     assert Counter(whole.rejected) - Counter() == counts
-    monkeypatch.setattr(build_module, "_SETTLE_ROWS", 100)
+    monkeypatch.setattr(settle_module, "_SETTLE_ROWS", 100)
     assert build(tmp_path, text).digest == whole.digest
 
 
