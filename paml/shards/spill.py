@@ -1,33 +1,34 @@
-"""Encoded images on their way to their shards: one append-only file a shard, and a journal of what they hold.
+"""Intermediate files of the shard writer: pieces, each with encoded images of one part, sorted by shard.
 
-Sources are read once, in whatever order they have; the image of a key belongs to a shard given by its hash,
-so images for all shards arrive mixed. Each goes to the end of its shard's spill file. A journal entry follows
-the bytes it speaks of, so after a cut everything that the journal names is in the files, and what lies beyond
-is cut off. Memory is bounded by `buffer_bytes`, and by 28 bytes a sample for the journal when a run goes on.
+A piece is one file, whole or absent. Its header says which images of the part it covers, what became of those
+that are not in it, and where each shard's records lie. The records follow, sorted by shard, so that one read of
+a range gets all that a piece has for consecutive shards. Header and records carry checksums.
 """
 
 import contextlib
+import dataclasses
 import hashlib
+import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from paml import storage
 from paml.shards.images import EXTENSIONS, Prepared
+from paml.sources.parts import Part
 from paml.storage import StorageError
 
 _RECORD = struct.Struct("<4sI16sQHBxIIII")
-"""Mark, CRC-32 of the rest and the key, digest, place in the source, bytes of the key, extension, width,
+"""Mark, CRC-32 of the rest and the key, digest, bytes of the source's file, bytes of the key, extension, width,
 height, bytes of the image, CRC-32 of the image."""
 _MARK = b"PMLs"
-_FRAME = struct.Struct("<4sII")
-"""Mark, number of entries, CRC-32 of the entries."""
-_FRAME_MARK = b"PMLj"
-_ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("shard", "<u4"), ("end", "<u8")])
+_HEAD = struct.Struct("<4sII")
+"""Mark, bytes of the header, CRC-32 of the header."""
+_HEAD_MARK = b"PMLp"
 
 
 def key_digest(seed: int, key: str) -> bytes:
@@ -55,29 +56,27 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 class Record(NamedTuple):
-    """One image in a spill file."""
+    """One encoded image."""
 
     digest: bytes
-    sequence: int
-    """Place in the source: the first of two with one key wins."""
+    source_bytes: int
+    """Size of the file that it was made of: of two with one key the larger file wins."""
     key: str
     extension: str
     width: int
     height: int
-    start: int
-    """Of the image's bytes in the spill file."""
-    size: int
+    image: memoryview
     crc32: int
 
 
-def pack(key: str, digest: bytes, sequence: int, image: Prepared) -> bytes:
+def pack(key: str, digest: bytes, source_bytes: int, image: Prepared) -> bytes:
     """A record: header, key, image."""
     name = key.encode("utf-8")
     header = _RECORD.pack(
         _MARK,
         0,
         digest,
-        sequence,
+        source_bytes,
         len(name),
         EXTENSIONS.index(image.extension),
         image.width,
@@ -89,114 +88,174 @@ def pack(key: str, digest: bytes, sequence: int, image: Prepared) -> bytes:
     return b"".join((header[:4], checksum.to_bytes(4, "little"), header[8:], name, image.data))
 
 
-class DamagedSpill(Exception):
-    """A record that fails its checksum, e.g. after a power cut."""
+class DamagedPiece(Exception):
+    """A piece that is torn, changed or gone, e.g. after a power cut; holds its path."""
+
+    def __init__(self, path: str, what: str) -> None:
+        super().__init__(path, what)
+        self.path, self.what = path, what
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}"
 
 
-def read_records(data: memoryview) -> Iterator[Record]:
-    """The records of a spill file, in its order. Raises DamagedSpill at the first that is torn or changed."""
+def read_records(data: memoryview, path: str) -> Iterator[Record]:
+    """The records of a range of a piece, in its order. Raises DamagedPiece at the first that is torn or changed."""
     at = 0
     while at < len(data):
         header = data[at : at + _RECORD.size]
         if len(header) < _RECORD.size:
-            raise DamagedSpill(f"a record is cut at byte {at}")
-        mark, checksum, digest, sequence, key_size, extension, width, height, size, crc32 = _RECORD.unpack(header)
+            raise DamagedPiece(path, "a record is cut")
+        mark, checksum, digest, source_bytes, key_size, extension, width, height, size, crc32 = _RECORD.unpack(header)
         start = at + _RECORD.size + key_size
         name = bytes(data[at + _RECORD.size : start])
         if mark != _MARK or zlib.crc32(name, zlib.crc32(header[8:])) != checksum:
-            raise DamagedSpill(f"the record at byte {at} fails its checksum")
+            raise DamagedPiece(path, f"the record {at} bytes into its range fails its checksum")
         image = data[start : start + size]
         if len(image) < size or zlib.crc32(image) != crc32:
-            raise DamagedSpill(f"the image of {name.decode()!r} at byte {start} fails its checksum")
-        yield Record(digest, sequence, name.decode(), EXTENSIONS[extension], width, height, start, size, crc32)
+            raise DamagedPiece(path, f"the image of {name.decode()!r} fails its checksum")
+        yield Record(digest, source_bytes, name.decode(), EXTENSIONS[extension], width, height, image, crc32)
         at = start + size
 
 
-class Spill:
-    """The spill files of a run and their journal, in a local folder."""
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a piece's header says."""
 
-    def __init__(self, folder: Path, num_shards: int, *, finished: set[int], buffer_bytes: int = 64 << 20) -> None:
-        """Open a new or cut-off spill. `finished` are the shards whose tar files are in place already."""
-        self.folder = folder
-        self._journal = folder / "journal.bin"
-        self._buffer_bytes = buffer_bytes
-        self._buffered = 0
-        self._pending: dict[int, list[bytes]] = {}
-        self._entries: list[tuple[int, int, int, int]] = []
-        self._ends = np.zeros(num_shards, np.int64)
-        with writing(folder):
-            self.done, self.lost = self._recover(finished)
+    path: str
+    part: str
+    """Name of the part whose images it holds."""
+    first: int
+    end: int
+    """It covers the part's images from `first` up to `end`, counted from 0."""
+    last: bool
+    """The part has no images after `end`."""
+    keys: str
+    """Digest of the part's keys from the first one up to `end`: a part that gives others now is read anew."""
+    unwanted: int
+    """Images whose key is not wanted."""
+    absent: int
+    """Wanted keys that the part has no image for."""
+    rejects: tuple[tuple[str, str], ...]
+    """(key, reason) of the images that cannot be used."""
+    shards: np.ndarray
+    """int64[n]: shards that it has records of, ascending."""
+    ends: np.ndarray
+    """int64[n]: byte within the file at which each shard's records end; they begin where the one before ends."""
+    start: int
+    """Byte at which the records begin."""
+    mark: int
+    """Checksum of the header."""
 
-    def path(self, shard: int) -> Path:
-        return self.folder / f"spill-{shard:06d}.bin"
+    @property
+    def record_bytes(self) -> int:
+        return int(self.ends[-1]) - self.start if len(self.ends) else 0
 
-    def _read_journal(self) -> np.ndarray:
+    def offsets(self, shards: np.ndarray) -> np.ndarray:
+        """Byte at which the records of each of int64[m] `shards`, or of the next one that it has, begin."""
+        starts = np.concatenate([[self.start], self.ends])
+        return starts[np.searchsorted(self.shards, shards)]
+
+
+def piece_stem(part: Part) -> str:
+    """What the file names of a part's pieces begin with: a part of another length is another one."""
+    mark = json.dumps([part.name, part.images, part.bytes])
+    return hashlib.sha256(mark.encode()).hexdigest()[:24]
+
+
+def piece_path(work: str, stem: str, number: int) -> str:
+    return storage.join(work, f"{stem}-{number:05d}.piece")
+
+
+def write_piece(
+    path: str,
+    records: Sequence[tuple[int, bytes, bytes]],
+    *,
+    part: str,
+    first: int,
+    end: int,
+    last: bool,
+    keys: str,
+    unwanted: int,
+    absent: int,
+    rejects: Sequence[tuple[str, str]],
+) -> None:
+    """Write (shard, digest, packed record) triples, in any order, as one piece, whole or not at all."""
+    ordered = sorted(records, key=lambda record: record[:2])
+    sizes: dict[int, int] = {}
+    for shard, _, data in ordered:
+        sizes[shard] = sizes.get(shard, 0) + len(data)
+    header = json.dumps(
+        {
+            "part": part,
+            "first": first,
+            "end": end,
+            "last": last,
+            "keys": keys,
+            "unwanted": unwanted,
+            "absent": absent,
+            "rejects": rejects,
+            "shards": list(sizes),
+            "sizes": list(sizes.values()),
+        }
+    ).encode()
+    head = _HEAD.pack(_HEAD_MARK, len(header), zlib.crc32(header))
+    with storage.replacing(path) as temporary, writing(path), open(temporary, "wb", buffering=1 << 20) as file:
+        file.write(head)
+        file.write(header)
+        file.writelines(data for _, _, data in ordered)
+
+
+def read_piece(path: str) -> Piece:
+    """The header of a piece. Raises FileNotFoundError where there is none, DamagedPiece where it is torn."""
+    size = storage.size_of(path)
+    if size < _HEAD.size:
+        raise DamagedPiece(path, "its header is cut")
+    mark, header_size, checksum = _HEAD.unpack(storage.read_range(path, 0, _HEAD.size))
+    if mark != _HEAD_MARK or size < _HEAD.size + header_size:
+        raise DamagedPiece(path, "its header is cut or changed")
+    header = storage.read_range(path, _HEAD.size, header_size) if header_size else b""
+    if zlib.crc32(header) != checksum:
+        raise DamagedPiece(path, "its header fails its checksum")
+    fields: dict[str, Any] = json.loads(header)
+    start = _HEAD.size + header_size
+    piece = Piece(
+        path=path,
+        part=fields["part"],
+        first=fields["first"],
+        end=fields["end"],
+        last=fields["last"],
+        keys=fields["keys"],
+        unwanted=fields["unwanted"],
+        absent=fields["absent"],
+        rejects=tuple((key, reason) for key, reason in fields["rejects"]),
+        shards=np.array(fields["shards"], np.int64),
+        ends=start + np.cumsum(np.array(fields["sizes"], np.int64)),
+        start=start,
+        mark=checksum,
+    )
+    if size != start + piece.record_bytes:
+        raise DamagedPiece(path, f"it has {size} bytes, not {start + piece.record_bytes}")
+    return piece
+
+
+def read_pieces(work: str, stem: str) -> list[Piece]:
+    """The pieces of a part that join up from its first image on; what follows a gap or damage is removed."""
+    found: list[Piece] = []
+    while not (found and found[-1].last):
+        path = piece_path(work, stem, len(found))
         try:
-            data = self._journal.read_bytes()
+            piece = read_piece(path)
         except FileNotFoundError:
-            return np.zeros(0, _ENTRY)
-        frames, at = [], 0
-        while at + _FRAME.size <= len(data):
-            mark, count, checksum = _FRAME.unpack_from(data, at)
-            body = data[at + _FRAME.size : at + _FRAME.size + count * _ENTRY.itemsize]
-            if mark != _FRAME_MARK or len(body) < count * _ENTRY.itemsize or zlib.crc32(body) != checksum:
-                break
-            frames.append(np.frombuffer(body, _ENTRY))
-            at += _FRAME.size + len(body)
-        return np.concatenate(frames) if frames else np.zeros(0, _ENTRY)
-
-    def _recover(self, finished: set[int]) -> tuple["KeySet", int]:
-        """Keep what the journal names and the files hold, cut off the rest: (done keys, entries lost)."""
-        entries = self._read_journal()
-        shards = entries["shard"].astype(np.int64)
-        sizes = np.zeros(len(self._ends), np.int64)
-        for shard in range(len(sizes)):
-            with contextlib.suppress(FileNotFoundError):
-                sizes[shard] = self.path(shard).stat().st_size
-        is_finished = np.zeros(len(sizes), bool)
-        is_finished[list(finished)] = True
-        kept = is_finished[shards] | (entries["end"].astype(np.int64) <= sizes[shards])
-        lost = int((~kept).sum())
-        entries, shards = entries[kept], shards[kept]
-        live = ~is_finished[shards]
-        np.maximum.at(self._ends, shards[live], entries["end"][live].astype(np.int64))
-        for shard in np.flatnonzero((sizes > self._ends) & ~is_finished):
-            os.truncate(self.path(int(shard)), int(self._ends[shard]))
-        if len(entries) or self._journal.exists():
-            temporary = self._journal.with_suffix(".tmp")
-            temporary.write_bytes(_frame(entries))
-            os.replace(temporary, self._journal)
-        return KeySet(entries["high"], entries["low"]), lost
-
-    def add(self, shard: int, digest: bytes, record: bytes) -> None:
-        """Append a record; it is safe once `flush` has returned."""
-        self._pending.setdefault(shard, []).append(record)
-        self._ends[shard] += len(record)
-        self._entries.append((*_halves(digest), shard, int(self._ends[shard])))
-        self._buffered += len(record)
-        if self._buffered >= self._buffer_bytes:
-            self.flush()
-
-    def flush(self) -> None:
-        """Append what is in memory to the files, then to the journal. Raises StorageError."""
-        if not self._entries:
-            return
-        for shard, records in self._pending.items():
-            path = self.path(shard)
-            with writing(path), open(path, "ab") as file:
-                file.writelines(records)
-        with writing(self._journal), open(self._journal, "ab") as file:
-            file.write(_frame(np.array(self._entries, _ENTRY)))
-        self._pending, self._entries, self._buffered = {}, [], 0
-
-
-def _frame(entries: np.ndarray) -> bytes:
-    body = entries.tobytes()
-    return _FRAME.pack(_FRAME_MARK, len(entries), zlib.crc32(body)) + body
-
-
-def _halves(digest: bytes) -> tuple[int, int]:
-    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
+            break
+        except DamagedPiece:
+            storage.delete(path)
+            break
+        if piece.first != (found[-1].end if found else 0):
+            storage.delete(path)
+            break
+        found.append(piece)
+    return found
 
 
 class KeySet:
@@ -211,19 +270,25 @@ class KeySet:
             self._high, self._low = self._high[new], self._low[new]
 
     @classmethod
-    def of(cls, digests: list[bytes]) -> "KeySet":
-        halves = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2).astype(np.uint64)
+    def of(cls, digests: Iterable[bytes]) -> "KeySet":
+        joined = bytearray()
+        for digest in digests:
+            joined += digest
+        halves = np.frombuffer(joined, ">u8").reshape(-1, 2).astype(np.uint64)
         return cls(halves[:, 0], halves[:, 1])
 
     def __len__(self) -> int:
         return len(self._high)
 
-    def find(self, digest: bytes) -> int:
-        """The place of a digest among the sorted ones, -1 where it is not in the set."""
-        high, low = _halves(digest)
+    def digest(self) -> str:
+        """The same for the same set, whatever its order."""
+        return hashlib.sha256(self._high.tobytes() + self._low.tobytes()).hexdigest()
+
+    def __contains__(self, digest: bytes) -> bool:
+        high, low = int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
         at = int(np.searchsorted(self._high, np.uint64(high)))
         while at < len(self._high) and int(self._high[at]) == high:
             if int(self._low[at]) == low:
-                return at
+                return True
             at += 1
-        return -1
+        return False

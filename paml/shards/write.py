@@ -1,27 +1,22 @@
-"""Write images as WebDataset shards with a manifest: the same bytes whatever the source's order or workers.
+"""Write images as WebDataset shards with a manifest: the same bytes whatever the order of the source or the workers.
 
-Two passes. The first reads the source once, encodes each image and appends it to the spill file of its shard
-(`spill.py`). The second sorts each spill file by the keys' hashes and writes it as a tar file. Both go on
-where they stood when a run is cut off and the same call is made again.
+Two passes, each of tasks that can run anywhere, in any order, again after a failure. Pass 1 (`encode.py`), a task a
+part of the source: images are decoded, resized, encoded and written as pieces, sorted by shard. Pass 2
+(`assemble.py`), a task a group of shards: what all pieces have for them is sorted by the keys' hashes and written as
+tar files. Both go on where they stood when a run is cut off and the same call is made again; so does another
+machine, since the pieces lie beside the shards, which need their own size once more until they are done.
 """
 
 import contextlib
+import csv
 import dataclasses
 import fcntl
-import hashlib
+import io
 import json
 import math
-import mmap
 import os
-import re
-import shutil
-import sys
-import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -29,73 +24,20 @@ import pyarrow.compute as pc
 
 from paml import storage
 from paml.errors import DataError, SettingsError
-from paml.shards.images import BadImage, Resize, prepare_image
-from paml.shards.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    ShardInfo,
-    batch_bytes,
-    make_batch,
-    rejects_csv,
-    write_manifest,
-)
-from paml.shards.spill import (
-    DamagedSpill,
-    KeySet,
-    Record,
-    Spill,
-    key_digest,
-    pack,
-    read_records,
-    shard_of,
-    writing,
-)
+from paml.shards.assemble import GROUP_BYTES, AssembleJob, assemble_group, plan_groups, read_description
+from paml.shards.encode import PIECE_BYTES, EncodeJob, encode_part, reads_once
+from paml.shards.manifest import MANIFEST_NAME, Manifest, ShardInfo, make_batch, write_manifest
+from paml.shards.progress import Progress, showing
+from paml.shards.settings import ShardSettings
+from paml.shards.spill import KeySet, Piece, key_digest, piece_stem, read_pieces, writing
+from paml.shards.tasks import Failure, LocalTasks, Tasks
+from paml.sources.parts import Part, Payload
 from paml.storage import StorageError
 
-Payload = bytes | str | os.PathLike[str] | Exception
-"""An image's bytes, or the path of its file (local or remote), or why the source could not read it."""
-Progress = Callable[[str, int, int], None]
-"""Called with (what is done: "images" or "shards", how many, of how many)."""
-
 REJECTS_NAME = "rejects.csv"
-_BLOCK = 512
-_ESCAPED = re.compile(r"[%./\\\x00-\x1f\x7f]")
-_MAX_KEY_BYTES = 1024
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardSettings:
-    """How images become shards. The bytes of the shards depend on these and on the images alone."""
-
-    size: int = 448
-    """Side of the stored images in pixels, from 16 to 8192; unused with `original`."""
-    resize: Resize = "squash"
-    """`squash`: both sides become `size`, as in the papers. `shorter_side`: the shorter side comes down to
-    `size`, aspect kept, never enlarged. `original`: the bytes stay as they are (jpg, png and webp)."""
-    quality: int = 90
-    """Of the JPEG encoding (baseline, 4:2:0), 1 to 100; unused with `original`."""
-    samples_per_shard: int = 2000
-    """Images a shard holds on average: sizes vary by about the square root of it."""
-    seed: int = 0
-    """Of the hash that gives an image its shard and its place in it."""
-    strict: bool = True
-    """Refuse JPEG files that decode only with the decoder's warnings (corrupt data); False keeps them."""
-    max_pixels: int = 1 << 27
-    """Images with more pixels are refused, so that one file cannot use up the memory."""
-
-    def __post_init__(self) -> None:
-        if self.resize not in ("squash", "shorter_side", "original"):
-            raise SettingsError(f"shards.resize is {self.resize!r}: set it to squash, shorter_side or original")
-        for name, low, high in (
-            ("size", 16, 8192),
-            ("quality", 1, 100),
-            ("samples_per_shard", 1, 10_000_000),
-            ("seed", 0, 2**64 - 1),
-            ("max_pixels", 1, 2**40),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise SettingsError(f"shards.{name} is {value!r}: set it to a whole number from {low} to {high}")
+PARTIAL = ".partial"
+_ROUNDS = 5
+_READS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +52,7 @@ class ShardReport:
     missing: int
     """Of the rejected: wanted keys that no source had."""
     duplicates: int
-    """Images whose key had been seen: the first usable one was kept."""
+    """Images whose key another one has too: the one of the largest file was kept."""
     unwanted: int
     """Images whose key was not among the wanted ones: skipped."""
     shards: int
@@ -131,10 +73,39 @@ class ShardReport:
         if self.rejected:
             text += f", see {REJECTS_NAME}"
         if self.duplicates:
-            text += f"; {self.duplicates:,} duplicate keys (first one kept)"
+            text += f"; {self.duplicates:,} duplicate keys (largest file kept)"
         if self.unwanted:
             text += f"; {self.unwanted:,} not wanted"
         return text + ("; was finished already" if self.already_done else "")
+
+
+class PartsFailed(DataError):
+    """Some tasks failed for good while all others finished; `failures` names them."""
+
+    def __init__(self, failures: Sequence[Failure], of: int, what: str) -> None:
+        self.failures = tuple(failures)
+        lines = "".join(f"\n  {failure}" for failure in self.failures)
+        super().__init__(
+            f"{len(self.failures)} of {of:,} {what} failed, the others are done and kept:{lines}\n"
+            "mend the cause and make the same call again: it does what is left"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnePart:
+    """A source of pairs as a part."""
+
+    pairs: Iterable[tuple[str, Payload]]
+    name: str = "the source"
+    images: None = None
+    bytes: None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Payload]]:
+        return iter(self.pairs)
+
+    @property
+    def read_once(self) -> bool:
+        return iter(self.pairs) is self.pairs
 
 
 def write_shards(
@@ -150,51 +121,83 @@ def write_shards(
 ) -> ShardReport:
     """Write the images of `source` as shards, `manifest.arrow` and `rejects.csv` to `out_folder`.
 
-    `source` gives (key, payload) pairs, e.g. `iter_folder` or `iter_tars`. Keys may hold any character; in the
-    tar files those that WebDataset would cut at (dot) or that name folders are written as %2E and so on, while
-    the manifest has the true key. `expected_count` fixes the number of shards; it defaults to `len(source)`,
-    else to the number of wanted keys. `wanted_keys` limits the shards to these; those that no source has are
-    reported. `workers` threads decode and encode (default: all cores). Without `progress` a bar is shown on a
-    terminal. Intermediate files need about as much disk as the shards; they lie in `work_folder`, by default
-    `.partial` in the output folder, or for remote output below the machine's folder for temporary files.
+    `source` gives (key, payload) pairs, e.g. `iter_folder` or `iter_tars`, in the same order each time. It is one
+    part, read by one task in this process; `write_parts` says the rest. `expected_count` defaults to `len(source)`,
+    else to the number of wanted keys. `workers` threads decode and encode (default: all cores).
+    """
+    wanted = None if wanted_keys is None else _strings(wanted_keys)
+    if expected_count is None:
+        if isinstance(source, Sized):
+            expected_count = len(source)
+        elif wanted is not None:
+            expected_count = len(wanted)
+        elif not storage.exists(storage.join(os.fspath(out_folder), MANIFEST_NAME)):
+            raise SettingsError("the source does not tell its length: give expected_count, an estimate will do")
+    return write_parts(
+        [_OnePart(source)],
+        out_folder,
+        settings,
+        expected_count=expected_count,
+        wanted_keys=wanted,
+        tasks=LocalTasks(workers, retries=0),
+        progress=progress,
+        work_folder=work_folder,
+    )
 
-    A call that was cut off goes on where it stood when made again with the same settings and source; on a
-    finished folder it returns at once. Raises StorageError for a full or unwritable folder, SettingsError
-    where the folder holds shards of other settings, DataError where not one image was usable.
+
+def write_parts(
+    parts: Sequence[Part],
+    out_folder: str | os.PathLike[str],
+    settings: ShardSettings | None = None,
+    *,
+    expected_count: int | None = None,
+    wanted_keys: Iterable[str] | None = None,
+    tasks: Tasks | None = None,
+    progress: Progress | None = None,
+    work_folder: str | os.PathLike[str] | None = None,
+    piece_bytes: int = PIECE_BYTES,
+    group_bytes: int = GROUP_BYTES,
+) -> ShardReport:
+    """Write the images of all `parts` as shards, `manifest.arrow` and `rejects.csv` to `out_folder`.
+
+    Keys may hold any character; in the tar files those that WebDataset would cut at (dot) or that name folders are
+    written as %2E and so on, while the manifest has the true key. `expected_count` fixes the number of shards; it
+    defaults to the parts' images, or to the number of wanted keys where that is smaller. `wanted_keys` limits the
+    shards to these; those that no part has are reported. `tasks` runs the work: in threads of this process by
+    default, on a cluster by `paml.distributed.prepare_ray`. Without `progress` a bar is shown on a terminal, else a
+    line every ten seconds. Pieces lie in `work_folder`, by default `.partial` in the output folder; all workers must
+    reach it.
+
+    Of several images with one key the one of the largest file is kept, then the one whose stored bytes come first.
+    The bytes of all output files depend on the images, the settings, the wanted keys and the expected count alone.
+
+    Memory: a task of pass 1 holds two pieces of at most `piece_bytes` and four images a thread, one of pass 2
+    `group_bytes` (or one shard, where that is larger); local tasks run two at a time.
+
+    A call that was cut off goes on where it stood when made again with the same settings and source; on a finished
+    folder it returns at once. Raises StorageError for a full or unwritable folder, SettingsError where the folder
+    holds shards of other settings, PartsFailed where parts could not be read, DataError where not one image was
+    usable.
     """
     settings = settings or ShardSettings()
     out = os.fspath(out_folder)
     if storage.exists(storage.join(out, MANIFEST_NAME)):
         return _finished_report(out, settings)
     storage.ensure_writable(out)
-    work = Path(work_folder) if work_folder is not None else _default_work_folder(out)
-    wanted = None if wanted_keys is None else list(dict.fromkeys(wanted_keys))
-    if expected_count is None:
-        if isinstance(source, Sized):
-            expected_count = len(source)
-        elif wanted is not None:
-            expected_count = len(wanted)
-        else:
-            raise SettingsError("the source does not tell its length: give expected_count, an estimate will do")
-    with writing(work):
-        work.mkdir(parents=True, exist_ok=True)
-    with _only_writer(work), _reporter(progress) as report:
-        num_shards = _plan(work, settings, expected_count)
-        job = _Job(out, work, settings, num_shards, workers or os.cpu_count() or 1, report)
-        while True:
-            counts = job.spill_images(source, wanted, expected_count)
-            try:
-                shards, batch = job.write_tars()
-                break
-            except DamagedSpill as damage:
-                if iter(source) is source:
-                    raise DataError(
-                        f"an intermediate file was damaged ({damage}) and has been removed: make the "
-                        "same call again to redo its images"
-                    ) from damage
-        result = job.finish(shards, batch, counts)
-    shutil.rmtree(work, ignore_errors=True)
+    work = os.fspath(work_folder) if work_folder is not None else storage.join(out, PARTIAL)
+    wanted = None if wanted_keys is None else _strings(wanted_keys)
+    with _only_writer(work), showing(progress) as report:
+        run = _Run(parts, out, work, settings, wanted, expected_count, tasks or LocalTasks(), report)
+        result = run.to_the_end(piece_bytes, group_bytes)
+        storage.delete_folder(work)
+        _remove_torn_files(out)
     return result
+
+
+def _strings(keys: Iterable[str]) -> pa.StringArray:
+    """Keys as an Arrow array without doubles: 9 million in 180 MB."""
+    array = keys if isinstance(keys, pa.StringArray) else pa.array(keys, pa.string())
+    return pc.call_function("unique", [array])
 
 
 def _finished_report(out: str, settings: ShardSettings) -> ShardReport:
@@ -208,332 +211,237 @@ def _finished_report(out: str, settings: ShardSettings) -> ShardReport:
     return ShardReport(**{**manifest.report, "folder": out, "digest": manifest.digest, "already_done": True})
 
 
-def _default_work_folder(out: str) -> Path:
-    if not storage.is_remote(out):
-        return Path(out) / ".partial"
-    name = hashlib.sha256(out.encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"paml-shards-{os.getuid()}-{name}"
-
-
 @contextlib.contextmanager
-def _only_writer(work: Path) -> Iterator[None]:
+def _only_writer(work: str) -> Iterator[None]:
+    """One run at a time writes to a local folder. In S3 two would do the same work twice, to the same bytes."""
     with contextlib.ExitStack() as stack:
-        with writing(work):
-            lock = stack.enter_context(open(work / "lock", "w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(
-                f"another run is writing the same shards (it holds {work / 'lock'}): wait for it or stop it"
-            ) from None
+        if not storage.is_remote(work):
+            with writing(work):
+                os.makedirs(work, exist_ok=True)
+                lock = stack.enter_context(open(os.path.join(work, "lock"), "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StorageError(
+                    f"another run is writing the same shards (it holds {lock.name}): wait for it or stop it"
+                ) from None
         yield
 
 
-@contextlib.contextmanager
-def _reporter(progress: Progress | None) -> Iterator[Progress]:
-    if progress is not None:
-        yield progress
-    elif not sys.stderr.isatty():
-        yield lambda _what, _done, _total: None
-    else:
-        from tqdm import tqdm
-
-        bars: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                bars[what] = tqdm(total=total, unit=f" {what}", unit_scale=total > 100_000, smoothing=0.05)
-            bars[what].update(done - bars[what].n)
-
-        try:
-            yield show
-        finally:
-            for bar in bars.values():
-                bar.close()
+def _remove_torn_files(out: str) -> None:
+    """What a killed run was writing when it was killed."""
+    if not storage.is_remote(out):
+        for name in os.listdir(out):
+            if name.endswith(".paml-tmp"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(out, name))
 
 
-def _plan(work: Path, settings: ShardSettings, expected_count: int) -> int:
-    """The number of shards: of the run that goes on, else from the expected number of images."""
-    path = work / "plan.json"
-    mine = dataclasses.asdict(settings)
-    if path.exists():
-        plan = json.loads(path.read_text())
-        if plan["settings"] != mine:
-            raise SettingsError(
-                f"{work} holds a cut-off run of other settings ({plan['settings']}), asked for {mine}: "
-                "use those settings to go on, or delete that folder to start anew"
-            )
-        return plan["num_shards"]
-    if expected_count < 1:
-        raise SettingsError(
-            f"{expected_count} images are expected: name a source that holds some, or give expected_count "
-            "(an estimate will do)"
-        )
-    num_shards = math.ceil(expected_count / settings.samples_per_shard)
-    storage.write_bytes(str(path), json.dumps({"settings": mine, "num_shards": num_shards}).encode())
-    return num_shards
-
-
-def member_key(key: str) -> str:
-    """A key as WebDataset's tar members have it: % . / \\ and control characters as %XX."""
-    return _ESCAPED.sub(lambda match: f"%{ord(match[0]):02X}", key)
-
-
-def _bad_key(key: object) -> str | None:
-    if not isinstance(key, str):
-        return f"the key is {type(key).__name__}, not a string"
-    if not key:
-        return "the key is empty"
-    try:
-        size = len(key.encode("utf-8"))
-    except UnicodeEncodeError:
-        return "the key (file name) is not valid UTF-8: rename the file"
-    return f"the key has {size} bytes, at most {_MAX_KEY_BYTES} are allowed" if size > _MAX_KEY_BYTES else None
-
-
-class _Job:
+class _Run:
     def __init__(
-        self, out: str, work: Path, settings: ShardSettings, num_shards: int, workers: int, report: Progress
+        self,
+        parts: Sequence[Part],
+        out: str,
+        work: str,
+        settings: ShardSettings,
+        wanted: pa.StringArray | None,
+        expected_count: int | None,
+        tasks: Tasks,
+        report: Progress,
     ) -> None:
-        self.out, self.work, self.settings = out, work, settings
-        self.num_shards, self.workers, self.report = num_shards, workers, report
+        self._parts, self._out, self._work, self._settings = list(parts), out, work, settings
+        self._wanted, self._tasks, self._report = wanted, tasks, report
+        stems = [piece_stem(part) for part in self._parts]
+        if len(set(stems)) < len(stems):
+            doubled = next(part.name for part, stem in zip(self._parts, stems, strict=True) if stems.count(stem) > 1)
+            raise DataError(f"two parts of the source are both {doubled!r}: name each file or folder once")
+        self._stems = stems
+        self._expected = self._expected_count() if expected_count is None else expected_count
+        seed = settings.seed
+        self._wanted_set = None
+        if wanted is not None:
+            self._wanted_set = KeySet.of(
+                key_digest(seed, key.as_py())
+                for start in range(0, len(wanted), 1 << 16)
+                for key in wanted.slice(start, 1 << 16)
+            )
+        self._num_shards = self._plan()
 
-    def _tar_name(self, shard: int) -> str:
-        return f"shard-{shard:06d}.tar"
+    def _expected_count(self) -> int:
+        known = [part.images for part in self._parts]
+        count = None if None in known else sum(images or 0 for images in known)
+        if self._wanted is not None:
+            return len(self._wanted) if count is None else min(count, len(self._wanted))
+        if count is None:
+            raise SettingsError("the source does not tell its length: give expected_count, an estimate will do")
+        return count
 
-    def _part_path(self, shard: int) -> Path:
-        return self.work / f"part-{shard:06d}.arrow"
-
-    def _finished(self) -> set[int]:
-        """Shards that are in place whole; the description of one that is gone is removed."""
-        finished = set()
-        for shard in range(self.num_shards):
-            path = self._part_path(shard)
-            if path.exists():
-                info, _ = _read_part(path)
-                tar = storage.join(self.out, info.name)
-                if info.count == 0 or (storage.exists(tar) and storage.size_of(tar) == info.bytes):
-                    finished.add(shard)
-                else:
-                    path.unlink()
-        return finished
-
-    def spill_images(
-        self, source: Iterable[tuple[str, Payload]], wanted: list[str] | None, expected_count: int
-    ) -> dict[str, Any]:
-        """Pass 1. Returns the counts; a pass that is complete on disk is not repeated."""
-        spill = Spill(self.work, self.num_shards, finished=self._finished())
-        complete = self.work / "images.json"
-        if complete.exists():
-            if not spill.lost:
-                return json.loads(complete.read_text())
-            complete.unlink()
-        seed = self.settings.seed
-        wanted_set = None if wanted is None else KeySet.of([key_digest(seed, key) for key in wanted])
-        found = np.zeros(0 if wanted_set is None else len(wanted_set), bool)
-        rejects: dict[str, str] = {}
-        seen = unwanted = 0
-        waiting: deque[tuple[str, bytes, Future[bytes]]] = deque()
-
-        def take() -> None:
-            key, digest, future = waiting.popleft()
-            try:
-                record = future.result()
-            except BadImage as bad:
-                rejects.setdefault(key, str(bad))
-                return
-            spill.add(shard_of(digest, self.num_shards), digest, record)
-
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="paml-shards")
+    def _plan(self) -> int:
+        """The number of shards: of the run that goes on, else from the expected number of images."""
+        path = storage.join(self._work, "plan.json")
+        mine = {
+            "settings": dataclasses.asdict(self._settings),
+            "wanted": None if self._wanted_set is None else self._wanted_set.digest(),
+        }
         try:
-            for sequence, (key, payload) in enumerate(source):
-                seen += 1
-                if seen % 64 == 0:
-                    self.report("images", seen, max(seen, expected_count))
-                fault = _bad_key(key)
-                if fault is not None:
-                    rejects.setdefault(repr(key) if key else f"image {sequence} of the source", fault)
-                    continue
-                digest = key_digest(seed, key)
-                if wanted_set is not None and not isinstance(payload, Exception):
-                    place = wanted_set.find(digest)
-                    if place < 0:
-                        unwanted += 1
-                        continue
-                    found[place] = True
-                if spill.done.find(digest) >= 0:
-                    continue
-                waiting.append((key, digest, pool.submit(_work, key, digest, sequence, payload, self.settings)))
-                if len(waiting) > 4 * self.workers:
-                    take()
-            while waiting:
-                take()
-        except BaseException as error:
-            if not isinstance(error, StorageError):
-                with contextlib.suppress(StorageError):
-                    while waiting:
-                        take()
-                    spill.flush()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-        spill.flush()
-        self.report("images", seen, seen)
-        missing = 0
-        if wanted is not None and wanted_set is not None:
-            for key in wanted:
-                if not found[wanted_set.find(key_digest(seed, key))]:
-                    rejects[key] = "wanted, but in no source"
-                    missing += 1
-        counts = {"seen": seen, "unwanted": unwanted, "missing": missing, "rejects": sorted(rejects.items())}
-        storage.write_bytes(str(complete), json.dumps(counts).encode())
-        return counts
+            plan = json.loads(storage.read_bytes(path))
+        except FileNotFoundError:
+            plan = None
+        if plan is not None:
+            num_shards = plan.pop("num_shards")
+            for name, what in (("settings", "settings"), ("wanted", "wanted keys")):
+                if plan[name] != mine[name]:
+                    raise SettingsError(
+                        f"{self._work} holds a cut-off run of other {what} ({plan[name]}), asked for {mine[name]}: "
+                        f"use those {what} to go on, or delete that folder to start anew"
+                    )
+            return num_shards
+        if self._expected < 1:
+            raise SettingsError(
+                f"{self._expected} images are expected: name a source that holds some, or give expected_count "
+                "(an estimate will do)"
+            )
+        num_shards = math.ceil(self._expected / self._settings.samples_per_shard)
+        storage.write_bytes(path, json.dumps({**mine, "num_shards": num_shards}).encode())
+        return num_shards
 
-    def write_tars(self) -> tuple[list[ShardInfo], pa.RecordBatch]:
-        """Pass 2. Raises DamagedSpill once a damaged spill file has been removed."""
-        shards, batches = [], []
-        for shard in range(self.num_shards):
-            if not self._part_path(shard).exists():
-                self._write_tar(shard)
-            info, batch = _read_part(self._part_path(shard))
-            with contextlib.suppress(FileNotFoundError):
-                (self.work / f"spill-{shard:06d}.bin").unlink()
+    def to_the_end(self, piece_bytes: int, group_bytes: int) -> ShardReport:
+        """Both passes; what turns out damaged on the way is made again."""
+        for _ in range(_ROUNDS):
+            pieces = self._encode(piece_bytes)
+            if pieces is None:
+                continue
+            job = plan_groups(self._out, self._work, self._num_shards, pieces, group_bytes)
+            damaged = self._assemble(job)
+            if not damaged:
+                return self._finish(job, pieces)
+            for path in damaged:
+                storage.delete(path)
+            if any(reads_once(part) for part in self._parts):
+                raise DataError(
+                    f"an intermediate file fails its checksum ({damaged[0]}) and has been removed: make the "
+                    "same call again to redo its images"
+                )
+        raise StorageError(f"intermediate files in {self._work} were damaged {_ROUNDS} times: is the storage sound?")
+
+    def _encode(self, piece_bytes: int) -> list[Piece] | None:
+        """Pass 1. All pieces, ordered by name; None where one was changed meanwhile."""
+        job = EncodeJob(self._work, self._settings, self._num_shards, self._wanted_set, piece_bytes)
+        named = [(part.name, part) for part in self._parts]
+        known = [part.images for part in self._parts]
+        total = self._expected if None in known else sum(images or 0 for images in known)
+
+        def show(done: int) -> None:
+            self._report("images", done, max(done, total))
+
+        found, failures = self._tasks.run(encode_part, job, named, show)
+        if failures:
+            raise PartsFailed(failures, len(named), "parts of the source")
+        seen = sum(found)
+        self._report("images", seen, seen)
+        with ThreadPoolExecutor(_READS) as readers:
+            by_part = list(readers.map(lambda stem: read_pieces(self._work, stem), sorted(self._stems)))
+        if not all(pieces and pieces[-1].last for pieces in by_part):
+            return None
+        return [piece for pieces in by_part for piece in pieces]
+
+    def _assemble(self, job: AssembleJob) -> list[str]:
+        """Pass 2. The paths of damaged pieces."""
+        groups = len(job.groups) - 1
+        named = [(f"shards {job.groups[i]} to {job.groups[i + 1] - 1}", i) for i in range(groups)]
+        found, failures = self._tasks.run(
+            assemble_group, job, named, lambda done: self._report("shards", done, self._num_shards)
+        )
+        if failures:
+            raise PartsFailed(failures, groups, "groups of shards")
+        return sorted({path for paths in found for path in paths})
+
+    def _finish(self, job: AssembleJob, pieces: Sequence[Piece]) -> ShardReport:
+        """Write the rejects, then the manifest, which makes the folder a finished one."""
+        with ThreadPoolExecutor(_READS) as readers:
+            described = list(readers.map(lambda shard: read_description(job, shard), range(self._num_shards)))
+        shards: list[ShardInfo] = []
+        batches: list[pa.RecordBatch] = []
+        for shard, description in enumerate(described):
+            if description is None:
+                raise StorageError(
+                    f"shard {shard} in {self._out} was changed while it was written: make the call again"
+                )
+            info, batch = description
             if info.count:
                 column = pa.array(np.full(batch.num_rows, len(shards), np.int32))
                 batches.append(batch.set_column(1, batch.schema.field(1), column))
                 shards.append(info)
-            self.report("shards", shard + 1, self.num_shards)
-        if not batches:
-            return [], make_batch(
-                **dict.fromkeys(("shard", "offset", "size", "crc32", "width", "height"), np.zeros(0)), keys=[]
-            )
-        table = pa.Table.from_batches([b.replace_schema_metadata(None) for b in batches]).combine_chunks()
-        return shards, table.to_batches()[0]
-
-    def _write_tar(self, shard: int) -> None:
-        spill = self.work / f"spill-{shard:06d}.bin"
-        data = memoryview(b"")
-        if spill.exists() and spill.stat().st_size:
-            with open(spill, "rb") as file:
-                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        try:
-            records = _sorted_unique(read_records(data))
-        except DamagedSpill as damage:
-            spill.unlink()
-            raise DamagedSpill(f"{spill}: {damage}") from damage
-        name = self._tar_name(shard)
-        if records:
-            with storage.replacing(storage.join(self.out, name)) as temporary, writing(temporary):
-                info, offsets = _write_tar_file(temporary, name, data, records)
-        else:
-            info, offsets = ShardInfo(name, 0, 0, ""), []
-        batch = make_batch(
-            keys=[r.key for r in records],
-            shard=np.zeros(len(records), np.int32),
-            offset=np.array(offsets, np.int64),
-            size=np.array([r.size for r in records], np.int32),
-            crc32=np.array([r.crc32 for r in records], np.uint32),
-            width=np.array([r.width for r in records], np.int32),
-            height=np.array([r.height for r in records], np.int32),
-        )
-        metadata = {"info": json.dumps(dataclasses.asdict(info))}
-        storage.write_bytes(str(self._part_path(shard)), batch_bytes(batch.replace_schema_metadata(metadata)))
-
-    def finish(self, shards: list[ShardInfo], batch: pa.RecordBatch, counts: dict[str, Any]) -> ShardReport:
-        """Write the rejects, then the manifest, which makes the folder a finished one."""
-        rejects = dict(counts["rejects"])
-        if rejects:
-            names = list(rejects)
-            usable = pc.call_function("is_in", [pa.array(names, pa.string())], pc.SetLookupOptions(batch.column("key")))
-            for name, is_usable in zip(names, usable.to_pylist(), strict=True):
-                if is_usable:  # another source had a sound copy
-                    del rejects[name]
-        storage.write_bytes(storage.join(self.out, REJECTS_NAME), rejects_csv(list(rejects.items())))
+        self._report("shards", self._num_shards, self._num_shards)
+        batch = _joined(batches)
+        rejects = _rejects(pieces, batch.column("key"))
+        missing = self._missing(batch.column("key"), rejects)
+        _write_rejects(storage.join(self._out, REJECTS_NAME), rejects, missing)
+        seen = sum(piece.end - piece.first - piece.absent for piece in pieces)
+        unwanted = sum(piece.unwanted for piece in pieces)
         if not batch.num_rows:
             raise DataError(
-                f"not one of {counts['seen']:,} images was usable for {self.out}: see {REJECTS_NAME} there "
-                f"for the {len(rejects):,} reasons"
+                f"not one of {seen:,} images was usable for {self._out}: see {REJECTS_NAME} there "
+                f"for the {len(rejects) + len(missing):,} reasons"
             )
-        present = len(rejects) - counts["missing"]
         report = ShardReport(
-            folder=self.out,
+            folder=self._out,
             written=batch.num_rows,
-            rejected=len(rejects),
-            missing=counts["missing"],
-            duplicates=counts["seen"] - counts["unwanted"] - batch.num_rows - present,
-            unwanted=counts["unwanted"],
+            rejected=len(rejects) + len(missing),
+            missing=len(missing),
+            duplicates=seen - unwanted - batch.num_rows - len(rejects),
+            unwanted=unwanted,
             shards=len(shards),
             bytes=sum(s.bytes for s in shards),
             digest="",
         )
         fields = {k: v for k, v in dataclasses.asdict(report).items() if k not in ("folder", "digest", "already_done")}
-        manifest = write_manifest(self.out, batch, shards, settings=dataclasses.asdict(self.settings), report=fields)
+        manifest = write_manifest(self._out, batch, shards, settings=dataclasses.asdict(self._settings), report=fields)
         return dataclasses.replace(report, digest=manifest.digest)
 
-
-def _work(key: str, digest: bytes, sequence: int, payload: Payload, settings: ShardSettings) -> bytes:
-    """One image to its spill record, in a worker thread. Raises BadImage."""
-    if isinstance(payload, Exception):
-        raise BadImage(str(payload))
-    if not isinstance(payload, bytes):
-        try:
-            payload = storage.read_bytes(os.fspath(payload))
-        except OSError as error:
-            raise BadImage(f"unreadable: {error}") from error
-    image = prepare_image(
-        payload,
-        size=settings.size,
-        resize=settings.resize,
-        quality=settings.quality,
-        max_pixels=settings.max_pixels,
-        strict=settings.strict,
-    )
-    return pack(key, digest, sequence, image)
+    def _missing(self, written: pa.Array, rejects: dict[str, str]) -> pa.Array:
+        """The wanted keys that no part had."""
+        if self._wanted is None:
+            return pa.array([], pa.string())
+        met = pa.concat_arrays([written, pa.array(list(rejects), pa.string())])
+        return self._wanted.filter(pc.call_function("invert", [_is_in(self._wanted, met)]))
 
 
-def _sorted_unique(records: Iterable[Record]) -> list[Record]:
-    ordered = sorted(records, key=lambda r: (r.digest, r.key, r.sequence))
-    return [r for i, r in enumerate(ordered) if i == 0 or r.key != ordered[i - 1].key]
+def _joined(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    if not batches:
+        columns = dict.fromkeys(("shard", "offset", "size", "crc32", "width", "height"), np.zeros(0))
+        return make_batch(keys=[], **columns)
+    return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
 
 
-class _HashingFile:
-    def __init__(self, file: Any) -> None:
-        self._file, self.sha256, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.size += len(data)
-        return self._file.write(data)
+def _is_in(values: pa.Array, known: pa.Array) -> pa.BooleanArray:
+    return pc.call_function("is_in", [values], pc.SetLookupOptions(known))
 
 
-def _write_tar_file(path: str, name: str, data: memoryview, records: list[Record]) -> tuple[ShardInfo, list[int]]:
-    """Write a tar file. Returns what it is and the offset of each image in it."""
-    from webdataset.writer import TarWriter  # brings in torch where that is installed: seconds
-
-    offsets = []
-    with open(path, "wb", buffering=1 << 20) as file:
-        out = _HashingFile(file)
-        # PAX takes names of any length and alphabet; plain names look as in USTAR. An int for the time, since
-        # PAX would write a header for a float.
-        writer = TarWriter(
-            cast(Any, out),
-            encoder=False,
-            compress=False,
-            mtime=0,
-            user="paml",
-            group="paml",
-            mode=0o444,
-            format="PAX_FORMAT",
-        )
-        with writer:
-            for record in records:
-                image = bytes(data[record.start : record.start + record.size])
-                writer.write({"__key__": member_key(record.key), record.extension: image})
-                offsets.append(writer.tarstream.offset - -(-record.size // _BLOCK) * _BLOCK)
-    return ShardInfo(name, len(records), out.size, out.sha256.hexdigest()), offsets
+def _rejects(pieces: Iterable[Piece], written: pa.Array) -> dict[str, str]:
+    """Key -> reason of the images that no part had a sound copy of; of two reasons the first by alphabet."""
+    rejects: dict[str, str] = {}
+    for piece in pieces:
+        for key, reason in piece.rejects:
+            rejects[key] = min(reason, rejects.get(key, reason))
+    names = list(rejects)
+    usable = _is_in(pa.array(names, pa.string()), written)
+    for name, is_usable in zip(names, usable.to_pylist(), strict=True):
+        if is_usable:
+            del rejects[name]
+    return rejects
 
 
-def _read_part(path: Path) -> tuple[ShardInfo, pa.RecordBatch]:
-    with pa.OSFile(str(path), "rb") as file:
-        batch = pa.ipc.open_file(file).get_batch(0)
-    return ShardInfo(**json.loads(batch.schema.metadata[b"info"])), batch
+def _write_rejects(path: str, rejects: dict[str, str], missing: pa.Array) -> None:
+    """Rows of key and reason, sorted by key; a part at a time, since millions of images may be missing."""
+    keys = pa.concat_arrays([pa.array(list(rejects), pa.string()), missing])
+    order = pc.call_function("sort_indices", [keys], pc.SortOptions([("", "ascending")])).to_numpy()
+    with storage.replacing(path) as temporary, writing(path), open(temporary, "wb") as file:
+        for start in range(0, max(len(order), 1), 1 << 16):
+            text = io.StringIO()
+            rows = csv.writer(text, lineterminator="\n")
+            if start == 0:
+                rows.writerow(("key", "reason"))
+            for key in keys.take(pa.array(order[start : start + (1 << 16)])).to_pylist():
+                rows.writerow((key, rejects.get(key, "wanted, but in no source")))
+            file.write(text.getvalue().encode("utf-8", "backslashreplace"))

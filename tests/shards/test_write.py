@@ -1,4 +1,6 @@
 import csv
+import dataclasses
+import io
 import os
 import random
 import resource
@@ -18,13 +20,42 @@ from hypothesis import strategies as st
 from webdataset import compat
 
 from paml.errors import DataError, SettingsError
-from paml.shards import Manifest, ShardReader, ShardSettings, verify_shards, write_shards
-from paml.shards.write import member_key
+from paml.shards import Manifest, PartsFailed, ShardReader, ShardSettings, verify_shards, write_parts, write_shards
+from paml.shards.encode import member_key
+from paml.shards.images import prepare_image
+from paml.shards.spill import read_piece
+from paml.shards.tasks import LocalTasks
 from paml.sources.folder import iter_folder
 from paml.storage import StorageError
 from tests.shards.images import decoded, encoded, flip_byte, picture, source
 
 SMALL = ShardSettings(size=32, samples_per_shard=10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """A part that is cut after some images, or never."""
+
+    name: str
+    pairs: list[tuple[str, Any]]
+    after: int | None = None
+    bytes: None = None
+
+    @property
+    def images(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self):
+        return iter(self.pairs) if self.after is None else cut_after(self.pairs, self.after)
+
+
+def parts_of(images: list[tuple[str, Any]], count: int) -> list[Pairs]:
+    return [Pairs(f"part {i}", images[i::count]) for i in range(count)]
+
+
+def all_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def rejects(folder: str | Path) -> dict[str, str]:
@@ -49,6 +80,86 @@ def test_bytes_do_not_depend_on_order_or_workers(tmp_path: Path) -> None:
     )
     assert other_seed.digest != one.digest
     assert [p for p in os.listdir(tmp_path / "one") if not p.endswith((".tar", ".arrow", ".csv"))] == []
+
+
+def test_bytes_do_not_depend_on_parts_pieces_or_groups(tmp_path: Path) -> None:
+    """Doubled keys and broken copies included: which of them counts must not hang on what was read first."""
+    images: list[tuple[str, Any]] = [
+        *source(60),
+        *((key, encoded(picture(i, 80, 60), quality=90)) for i, (key, _) in enumerate(source(20))),
+        *((key, data[:100]) for key, data in source(10)),
+        ("lost", b"no image"),
+        ("lost", b""),
+        ("absent", FileNotFoundError("not there")),
+    ]
+    wanted = [f"{i:016x}" for i in range(50)] + ["lost", "absent"]
+    kinds = [
+        (parts_of(images, 1), {}),
+        (parts_of(images, 7), {"piece_bytes": 5_000, "group_bytes": 1}),
+        (parts_of(images, 3)[::-1], {"tasks": LocalTasks(4), "group_bytes": 20_000}),
+        (parts_of(random.Random(3).sample(images, len(images)), 5), {"piece_bytes": 1}),
+    ]
+    found = []
+    for number, (parts, options) in enumerate(kinds):
+        out = tmp_path / str(number)
+        report = write_parts(parts, out, SMALL, expected_count=50, wanted_keys=wanted, **options)
+        assert (report.written, report.rejected, report.missing, report.duplicates, report.unwanted) == (
+            50,
+            2,
+            1,
+            31,
+            10,
+        )
+        found.append(all_bytes(out))
+    assert rejects(tmp_path / "0")["lost"] == "not an image that Pillow knows (begins with b'no image')"
+    assert rejects(tmp_path / "0")["absent"] == "wanted, but in no source"
+    assert found[0] == found[1] == found[2] == found[3]
+    manifest = Manifest.open(tmp_path / "0")
+    reader = ShardReader(manifest)
+    row = manifest.keys().to_pylist().index(f"{3:016x}")
+    larger = encoded(picture(3, 80, 60), quality=90)
+    assert len(larger) > len(source(4)[3][1])
+    assert (
+        bytes(reader.read(row)) == prepare_image(larger, size=32, resize="squash", quality=90, max_pixels=1 << 27).data
+    )
+
+
+def test_the_tar_files_are_those_of_webdatasets_own_writer(tmp_path: Path) -> None:
+    from webdataset.writer import TarWriter
+
+    images = [*source(25), ("a.b/c d", encoded(picture(99))), ("käse" * 60, encoded(picture(98), "PNG"))]
+    write_shards(images, tmp_path, ShardSettings(resize="original", samples_per_shard=9))
+    manifest, reader = Manifest.open(tmp_path), ShardReader(Manifest.open(tmp_path))
+    for shard in range(len(manifest.shards)):
+        expected = io.BytesIO()
+        options: dict[str, Any] = {"user": "paml", "group": "paml", "mtime": 0, "format": "PAX_FORMAT"}
+        with TarWriter(expected, encoder=False, compress=False, **options) as writer:
+            for row in range(*manifest.rows_of_shard(shard).indices(manifest.num_samples)):
+                kind = "png" if manifest.key(row).startswith("k") else "jpg"
+                writer.write({"__key__": member_key(manifest.key(row)), kind: bytes(reader.read(row))})
+        assert Path(manifest.shard_path(shard)).read_bytes() == expected.getvalue()
+
+
+def test_a_part_that_always_fails_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
+    images = source(40)
+    parts = parts_of(images, 4)
+    parts[2] = Pairs("the bad one", images[2::4], 3)
+    with pytest.raises(
+        PartsFailed, match=r"(?s)1 of 4 parts.*the bad one: Cut \(2 attempts\).*same call again"
+    ) as failed:
+        write_parts(parts, tmp_path / "out", SMALL, tasks=LocalTasks(2, retries=1))
+    assert [failure.name for failure in failed.value.failures] == ["the bad one"]
+    assert not (tmp_path / "out" / "manifest.arrow").exists()
+    gone = [Pairs(part.name, [(key, b"") for key, _ in part.pairs]) for part in parts]
+    gone[2] = Pairs("the bad one", [(key, b"") for key, _ in images[2::4][:3]] + images[2::4][3:])
+    report = write_parts(gone, tmp_path / "out", SMALL)
+    assert (report.written, report.rejected) == (40, 0)
+    assert report.digest == write_shards(images, tmp_path / "whole", SMALL).digest
+
+
+def test_two_parts_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="two parts of the source are both 'twice'"):
+        write_parts([Pairs("twice", source(2)), Pairs("twice", source(2))], tmp_path, SMALL)
 
 
 def test_a_stock_webdataset_reads_the_shards(tmp_path: Path) -> None:
@@ -121,7 +232,7 @@ def test_bad_and_missing_images_are_rejected_with_their_reason(tmp_path: Path) -
     assert len(reasons) == 9
     assert (report.written, report.rejected, report.missing, report.duplicates, report.unwanted) == (2, 9, 1, 3, 1)
     assert "9 rejected (1 of them wanted and not found), see rejects.csv" in str(report)
-    # of two with one key the first usable one wins
+    # of two with one key the larger file wins
     manifest = Manifest.open(tmp_path / "out")
     lone = write_shards([("whole", good), ("mended", good)], tmp_path / "lone", one_shard)
     assert lone.digest == report.digest == manifest.digest
@@ -176,19 +287,25 @@ def test_a_cut_run_goes_on_without_reading_again_what_is_done(tmp_path: Path) ->
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     after=st.integers(0, 40),
-    cuts=st.lists(st.tuples(st.sampled_from(["journal", "spill"]), st.floats(0, 1)), max_size=3),
+    cuts=st.lists(st.tuples(st.integers(0, 9), st.floats(0, 1), st.booleans()), max_size=3),
 )
 def test_torn_intermediate_files_are_mended(
-    tmp_path_factory: pytest.TempPathFactory, after: int, cuts: list[tuple[str, float]]
+    tmp_path_factory: pytest.TempPathFactory, after: int, cuts: list[tuple[int, float, bool]]
 ) -> None:
     images, tmp_path = source(40, width=8, height=8), tmp_path_factory.mktemp("torn")
-    digest = write_shards(images, tmp_path / "whole", SMALL).digest
+    digest = write_parts([Pairs("one", images)], tmp_path / "whole", SMALL).digest
     with pytest.raises(Cut):
-        write_shards(cut_after(images, after), tmp_path / "out", SMALL, expected_count=40)
-    for kind, share in cuts:
-        for path in (tmp_path / "out" / ".partial").glob(f"{kind}*.bin"):
+        write_parts(
+            [Pairs("one", images, after)], tmp_path / "out", SMALL, tasks=LocalTasks(2, retries=0), piece_bytes=4_000
+        )
+    pieces = sorted((tmp_path / "out" / ".partial").glob("*.piece"))
+    for number, share, cut in cuts if pieces else []:
+        path = pieces[number % len(pieces)]
+        if cut:
             os.truncate(path, int(share * path.stat().st_size))
-    report = write_shards(images, tmp_path / "out", SMALL)
+        elif path.stat().st_size:
+            flip_byte(path, int(share * (path.stat().st_size - 1)))
+    report = write_parts([Pairs("one", images)], tmp_path / "out", SMALL, piece_bytes=4_000)
     assert (report.digest, report.written, report.duplicates) == (digest, 40, 0)
 
 
@@ -199,14 +316,26 @@ def test_changed_intermediate_bytes_are_redone_never_written(tmp_path: Path) -> 
         out = tmp_path / name
         with pytest.raises(Cut):
             write_shards(cut_after(images, 35), out, SMALL, expected_count=40)
-        spill = sorted((out / ".partial").glob("spill*.bin"))[1]
-        flip_byte(spill, spill.stat().st_size // 2)
+        (piece,) = (out / ".partial").glob("*.piece")
+        flip_byte(piece, piece.stat().st_size - 50)
         if name == "iterator":
             with pytest.raises(DataError, match=r"fails its checksum.*make the same call again"):
                 write_shards(again, out, SMALL, expected_count=40)
             again = iter(images)
         report = write_shards(again, out, SMALL, expected_count=40)
         assert (report.digest, report.written, report.duplicates) == (digest, 40, 0)
+
+
+def test_a_cut_run_notices_that_the_source_gives_other_images(tmp_path: Path) -> None:
+    images = source(40)
+    with pytest.raises(Cut):
+        write_shards(cut_after(images, 30), tmp_path / "out", SMALL, expected_count=40)
+    turned = images[::-1]
+    with pytest.raises(DataError, match="gives other images than when the run was cut off"):
+        write_shards(iter(turned), tmp_path / "out", SMALL, expected_count=40)
+    report = write_shards(turned, tmp_path / "out", SMALL)
+    assert (report.written, report.duplicates) == (40, 0)
+    assert report.digest == write_shards(images, tmp_path / "whole", SMALL).digest
 
 
 def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
@@ -354,7 +483,8 @@ def test_a_million_expected_images_cost_no_time_before_the_first(tmp_path: Path)
     with pytest.raises(Cut):
         write_shards(cut_after(source(3), 3), tmp_path, ShardSettings(size=32), expected_count=9_000_000)
     assert time.monotonic() - started < 5
-    assert len(list((tmp_path / ".partial").glob("spill*"))) == 3
+    (piece,) = (tmp_path / ".partial").glob("*.piece")
+    assert read_piece(str(piece)).end == 3
 
 
 def test_neither_torch_nor_webdataset_is_needed_to_read() -> None:
