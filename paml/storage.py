@@ -233,18 +233,18 @@ def copy_to_local(path: str, local: str) -> None:
     _check_size(local, expected)
 
 
-def local_copy(path: str) -> str:
+def local_copy(path: str, *, again: bool = False) -> str:
     """A local path with the content of `path`: itself where it is local, else a file in the user's cache.
 
-    The cached file is used again as long as the object's ETag and size stay as they were. The cache is
-    `$PAML_CACHE`, else `$XDG_CACHE_HOME/paml`, else `~/.cache/paml`.
+    The cached file is used again as long as the object's ETag and size stay as they were, unless `again` asks for
+    a new copy. The cache is `$PAML_CACHE`, else `$XDG_CACHE_HOME/paml`, else `~/.cache/paml`.
     """
     if not is_remote(path):
         return path
     about = _s3().head(path)
     mark = f"{_s3().endpoint()} {path} {about.etag} {about.size}"
     cached = os.path.join(cache_folder(), hashlib.sha256(mark.encode()).hexdigest()[:32] + "-" + path.split("/")[-1])
-    if not exists(cached):
+    if again or not exists(cached):
         copy_to_local(path, cached)
     return cached
 

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from paml import storage
 from paml.labels.states import NEGATIVE, POSITIVE, LabelError
+from paml.seal import UNSEALED, BrokenSeal, check_seal, file_mark, seal_file
 
 SCHEMA_VERSION = 1
 _METADATA_KEY = b"paml"
@@ -42,8 +43,9 @@ class Triples(NamedTuple):
 class LabelTable:
     """A label table opened for reading. Pickles as its path and digest: another process maps the file again.
 
-    Raises LabelError where the file is no label table, is cut, or has another schema version; FileNotFoundError
-    where it is missing.
+    Raises LabelError where the file is no label table, is cut, was changed, or has another schema version;
+    FileNotFoundError where it is missing. All its bytes are checked when it is opened, not again when it is
+    unpickled and the file is the same; a remote one that arrives damaged is fetched a second time.
     """
 
     path: str
@@ -55,9 +57,15 @@ class LabelTable:
     num_annotations: int
     metadata: Mapping[str, Any]
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], _mark: tuple[int, ...] = ()) -> None:
         self.path = os.fspath(path)
-        batch, self.metadata = _read_batch(self.path, storage.local_copy(self.path))
+        try:
+            batch, self.metadata, sealed, self._mark = _read_batch(self.path, storage.local_copy(self.path), _mark)
+        except LabelError:
+            if not storage.is_remote(self.path):
+                raise
+            local = storage.local_copy(self.path, again=True)
+            batch, self.metadata, sealed, self._mark = _read_batch(self.path, local, ())
         self.digest = self.metadata["digest"]
         self.classes = tuple(self.metadata["classes"])
         self.names = tuple(self.metadata["names"])
@@ -69,6 +77,8 @@ class LabelTable:
         self._offsets: np.ndarray = lists.offsets.to_numpy(zero_copy_only=True)
         self.num_annotations = len(self._codes)
         self._class_counts: tuple[np.ndarray, np.ndarray] | None = None
+        if not sealed:
+            self.verify()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "LabelTable":
@@ -76,7 +86,7 @@ class LabelTable:
         return cls(path)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_same, (self.path, self.digest)
+        return _open_same, (self.path, self.digest, self._mark)
 
     def __repr__(self) -> str:
         return (
@@ -117,6 +127,10 @@ class LabelTable:
     def key_column(self) -> pa.Array:
         """All keys as they are stored, ascending: uint64[num_images] or string[num_images]."""
         return self._keys
+
+    def label_columns(self) -> tuple[np.ndarray, np.ndarray]:
+        """(offsets int32[num_images + 1], codes uint16 or uint32[num_annotations]) as stored; code 2 * class + state."""
+        return self._offsets, self._codes
 
     def lookup(self, rows: np.ndarray | Sequence[int]) -> Triples:
         """The observed labels of `rows` (int64[n], any order, repeats allowed). Raises LabelError for other rows."""
@@ -181,8 +195,8 @@ class LabelTable:
         return chosen
 
 
-def _open_same(path: str, digest: str) -> LabelTable:
-    table = LabelTable(path)
+def _open_same(path: str, digest: str, mark: tuple[int, ...]) -> LabelTable:
+    table = LabelTable(path, mark)
     if table.digest != digest:
         raise LabelError(
             f"label table {path!r} has changed since it was opened (digest {table.digest[:16]}…, "
@@ -191,24 +205,45 @@ def _open_same(path: str, digest: str) -> LabelTable:
     return table
 
 
-def _read_batch(path: str, local: str) -> tuple[pa.RecordBatch, dict[str, Any]]:
+def _read_batch(
+    path: str, local: str, mark: tuple[int, ...]
+) -> tuple[pa.RecordBatch, dict[str, Any], bool, tuple[int, ...]]:
+    """(batch, metadata, whether the file has a seal, its mark); a file of the mark given is not checked again."""
     try:
         with pa.memory_map(local) as mapped:
-            reader = pa.ipc.open_file(mapped)
-            metadata = _metadata_of(path, reader.schema)
-            if reader.num_record_batches != 1:
-                raise LabelError(
-                    f"label table {path!r} has {reader.num_record_batches} record batches, allowed is one: "
-                    "build it again"
-                )
-            batch = reader.get_batch(0)
+            data = mapped.read_buffer()
+        found = file_mark(local)
+        sealed = found == mark or check_seal(memoryview(data)) is not None
+        reader = pa.ipc.open_file(data)
+        metadata = _metadata_of(path, reader.schema)
+        if not sealed and len(reader.schema.metadata) > 1:
+            raise BrokenSeal("its seal is not whole")
+        if reader.num_record_batches != 1:
+            raise LabelError(
+                f"label table {path!r} has {reader.num_record_batches} record batches, allowed is one: build it again"
+            )
+        batch = reader.get_batch(0)
     except pa.ArrowInvalid as error:
         raise LabelError(
             f"{path!r} is not a whole Arrow file ({error}): it was cut off or is another kind of file: "
             "build the label table again, or copy it again"
         ) from error
+    except (BrokenSeal, pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, LabelError | FileNotFoundError):
+            raise
+        raise LabelError(f"label table {path!r} is damaged ({error}): build or copy it again") from error
+    if not sealed:
+        _check_unsealed(path, batch)
     _check_batch(path, batch, metadata)
-    return batch, metadata
+    return batch, metadata, sealed, found
+
+
+def _check_unsealed(path: str, batch: pa.RecordBatch) -> None:
+    """A table of before the seal, or one whose seal is lost: its parts must lie within the file."""
+    try:
+        batch.validate(full=True)
+    except pa.ArrowException as error:
+        raise LabelError(f"label table {path!r} is damaged ({error}): build or copy it again") from error
 
 
 def _metadata_of(path: str, schema: pa.Schema) -> dict[str, Any]:
@@ -370,15 +405,13 @@ def write_table(
     lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(codes))
     schema = pa.schema(
         [pa.field("key", keys.type, nullable=False), pa.field("labels", lists.type, nullable=False)],
-        metadata={_METADATA_KEY: json.dumps(about)},
+        metadata={**UNSEALED, _METADATA_KEY: json.dumps(about).encode()},
     )
     batch = pa.RecordBatch.from_arrays([keys, lists], schema=schema)
-    with (
-        storage.replacing(out) as temporary,
-        pa.OSFile(temporary, "wb") as file,
-        pa.ipc.new_file(file, schema) as writer,
-    ):
-        writer.write_batch(batch)
+    with storage.replacing(out) as temporary:
+        with pa.OSFile(temporary, "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            writer.write_batch(batch)
+        seal_file(temporary)
     return LabelTable(out)
 
 

@@ -1,7 +1,8 @@
 """The manifest of a folder of shards: where each image lies, and the checksums to tell that it is whole.
 
 An Arrow IPC file of one record batch, memory-mapped, shared by all processes of a machine. Rows stand by
-shard, and within a shard as in the tar.
+shard, and within a shard as in the tar. A seal over the file's own bytes is checked when it is opened, since a
+wrong key there would give an image the labels of another.
 """
 
 import csv
@@ -18,9 +19,11 @@ import pyarrow as pa
 
 from paml import storage
 from paml.errors import DataError
+from paml.seal import UNSEALED, BrokenSeal, check_seal, file_mark, seal_file
 
 MANIFEST_NAME = "manifest.arrow"
 SCHEMA_VERSION = 1
+_FIELDS = {"schema_version", "digest", "settings", "report", "shards"}
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -55,10 +58,11 @@ class Manifest:
     `crc32` uint32[N] (of the image's bytes), `width` and `height` int32[N] are views of the mapped file.
     """
 
-    def __init__(self, folder: str, batch: pa.RecordBatch) -> None:
+    def __init__(self, folder: str, batch: pa.RecordBatch, *, seal: str = "", mark: tuple[int, ...] = ()) -> None:
         metadata = {key.decode(): value.decode() for key, value in (batch.schema.metadata or {}).items()}
         self.folder = folder
         self._batch = batch
+        self._seal, self._mark = seal, mark
         self.shards: tuple[ShardInfo, ...] = tuple(ShardInfo(**s) for s in json.loads(metadata["shards"]))
         self.num_samples: int = batch.num_rows
         self.digest: str = metadata["digest"]
@@ -80,34 +84,14 @@ class Manifest:
     def open(cls, folder: str | os.PathLike[str]) -> "Manifest":
         """Open the manifest of a folder, local or remote.
 
-        Raises DataError where there is none, or it is cut, or of another schema version.
+        Raises DataError where there is none, or it is cut, changed, contradicts itself, or has another schema
+        version. A remote one that arrives damaged is fetched a second time. Manifests of before the seal are read
+        without one.
         """
-        folder = os.fspath(folder)
-        path = storage.join(folder, MANIFEST_NAME)
-        if not storage.exists(path):
-            raise DataError(
-                f"{folder} holds no {MANIFEST_NAME}: write shards with write_shards "
-                "(a run that was cut off goes on where it stood), or index WebDataset's own with index_shards"
-            )
-        try:
-            with pa.memory_map(storage.local_copy(path)) as source:
-                reader = pa.ipc.open_file(source)
-                schema, batches = (
-                    reader.schema,
-                    [reader.get_batch(i) for i in range(reader.num_record_batches)],
-                )
-        except (pa.ArrowInvalid, pa.ArrowException) as error:
-            raise DataError(f"{path} is damaged or cut ({error}): write or copy it again") from error
-        version = (schema.metadata or {}).get(b"schema_version", b"none").decode()
-        if version != str(SCHEMA_VERSION):
-            raise DataError(
-                f"{path} has schema version {version}, this paml reads {SCHEMA_VERSION}: "
-                "write the shards again or use the paml that wrote them"
-            )
-        return cls(folder, batches[0] if batches else pa.RecordBatch.from_pylist([], schema=schema))
+        return _open(os.fspath(folder), "", ())
 
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return Manifest.open, (self.folder,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open, (self.folder, self._seal, self._mark)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -130,6 +114,93 @@ class Manifest:
             int(np.searchsorted(self.shard, shard, side="left")),
             int(np.searchsorted(self.shard, shard, side="right")),
         )
+
+
+def _open(folder: str, seal: str, mark: tuple[int, ...]) -> Manifest:
+    """The manifest of `folder`; that of `seal`, where one is given. A file of the same `mark` is not checked again."""
+    path = storage.join(folder, MANIFEST_NAME)
+    if not storage.exists(path):
+        raise DataError(
+            f"{folder} holds no {MANIFEST_NAME}: write shards with write_shards "
+            "(a run that was cut off goes on where it stood), or index WebDataset's own with index_shards"
+        )
+    try:
+        manifest = _read(folder, path, storage.local_copy(path), mark)
+    except DataError:
+        if not storage.is_remote(path):
+            raise
+        manifest = _read(folder, path, storage.local_copy(path, again=True), ())
+    if seal and manifest._seal != seal:
+        raise DataError(f"{path} has changed since it was opened: start the run again")
+    return manifest
+
+
+def _read(folder: str, path: str, local: str, mark: tuple[int, ...]) -> Manifest:
+    mend = "copy it again, write the shards again, or index them anew with index_shards"
+    try:
+        with pa.memory_map(local) as source:
+            data = source.read_buffer()
+        found = file_mark(local)
+        seal = check_seal(memoryview(data)) if found != mark else _seal_of(data)
+        reader = pa.ipc.open_file(data)
+        schema = reader.schema
+        version = (schema.metadata or {}).get(b"schema_version", b"none").decode("utf-8", "replace")
+        if version != str(SCHEMA_VERSION):
+            raise DataError(
+                f"{path} has schema version {version}, this paml reads {SCHEMA_VERSION}: "
+                "write the shards again or use the paml that wrote them"
+            )
+        fields = {key.decode("utf-8", "replace") for key in schema.metadata}
+        if fields != (_FIELDS if seal is None else _FIELDS | {"seal"}):
+            raise BrokenSeal(f"its metadata have the fields {', '.join(sorted(fields))}")
+        if reader.num_record_batches > 1:
+            raise BrokenSeal(f"it has {reader.num_record_batches} record batches, not one")
+        batch = reader.get_batch(0) if reader.num_record_batches else pa.RecordBatch.from_pylist([], schema=schema)
+        if not batch.schema.equals(SCHEMA):
+            raise BrokenSeal(f"its columns are {', '.join(batch.schema.names)}")
+        if seal is None:
+            batch.validate(full=True)
+        manifest = Manifest(folder, batch, seal="" if seal is None else seal.decode(), mark=found)
+    except (BrokenSeal, pa.ArrowInvalid, pa.ArrowException, OSError, ValueError, TypeError) as error:
+        if isinstance(error, storage.StorageError):
+            raise
+        raise DataError(f"{path} is damaged or cut ({error}): {mend}") from error
+    fault = contradiction(manifest)
+    if fault is not None:
+        raise DataError(f"{path} contradicts itself: {fault}: {mend}")
+    return manifest
+
+
+def contradiction(manifest: Manifest) -> str | None:
+    """What in a manifest cannot be: counts, places and digest that do not agree; None for a sound one."""
+    shard, offset, size, shards = manifest.shard, manifest.offset, manifest.size, manifest.shards
+    if shards_digest(shards) != manifest.digest:
+        return "the list of shards is not that of its digest"
+    if len(shard) and (shard.min() < 0 or shard.max() >= len(shards)):
+        return f"a row lies in shard {shard.max()}, and there are {len(shards)}"
+    after = np.diff(shard)
+    if (after < 0).any():
+        return f"row {int(np.flatnonzero(after < 0)[0]) + 1} stands after those of a later shard"
+    counts = np.array([info.count for info in shards], np.int64)
+    found = np.bincount(shard, minlength=len(shards))
+    if (found != counts).any():
+        wrong = int(np.flatnonzero(found != counts)[0])
+        return f"{shards[wrong].name} should hold {counts[wrong]:,} images, and {found[wrong]:,} rows name it"
+    ends = offset + size
+    room = np.array([info.bytes for info in shards], np.int64)[shard] if len(shard) else ends
+    outside = (offset < 0) | (size < 0) | (ends > room)
+    overlap = np.zeros(len(shard), bool)
+    overlap[1:] = (after == 0) & (offset[1:] < ends[:-1])
+    if (outside | overlap).any():
+        row = int(np.flatnonzero(outside | overlap)[0])
+        what = "lies outside of" if outside[row] else "overlaps the one before it in"
+        return f"image {manifest.key(row)!r} (bytes {offset[row]} to {ends[row]}) {what} {shards[shard[row]].name}"
+    return None
+
+
+def _seal_of(data: pa.Buffer) -> bytes | None:
+    """The seal that the metadata hold, unchecked."""
+    return (pa.ipc.open_file(data).schema.metadata or {}).get(b"seal")
 
 
 def batch_bytes(batch: pa.RecordBatch) -> bytes:
@@ -170,7 +241,7 @@ def write_manifest(
     settings: dict[str, Any],
     report: dict[str, Any],
 ) -> Manifest:
-    """Write `manifest.arrow` atomically and open it."""
+    """Write `manifest.arrow` atomically, sealed, and open it."""
     metadata = {
         "schema_version": str(SCHEMA_VERSION),
         "digest": shards_digest(shards),
@@ -178,7 +249,12 @@ def write_manifest(
         "report": json.dumps(report, sort_keys=True),
         "shards": json.dumps([dataclasses.asdict(s) for s in shards]),
     }
-    storage.write_bytes(storage.join(folder, MANIFEST_NAME), batch_bytes(batch.replace_schema_metadata(metadata)))
+    coded: dict[str | bytes, str | bytes] = {**UNSEALED, **metadata}
+    sealed = batch.replace_schema_metadata(coded)
+    with storage.replacing(storage.join(folder, MANIFEST_NAME)) as temporary:
+        with pa.OSFile(temporary, "wb") as file, pa.ipc.new_file(file, sealed.schema) as writer:
+            writer.write_batch(sealed)
+        seal_file(temporary)
     return Manifest.open(folder)
 
 

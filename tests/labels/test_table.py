@@ -196,13 +196,36 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(table: LabelTable, tmp_path: P
             LabelTable.open(str(cut))
 
 
-def test_a_changed_byte_is_found_by_verify(table: LabelTable) -> None:
+def test_a_changed_byte_is_found(table: LabelTable) -> None:
     data = bytearray(Path(table.path).read_bytes())
     place = data.rindex(bytes.fromhex("ff" * 8))
     data[place] ^= 1
     Path(table.path).write_bytes(data)
+    with pytest.raises(LabelError, match=r"is damaged \(its bytes are not those that were written\)"):
+        LabelTable.open(table.path)
+
+
+def test_any_changed_bit_is_found_when_a_table_is_opened(table: LabelTable) -> None:
+    data = Path(table.path).read_bytes()
+    for place in range(0, len(data), 7):
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 8
+        Path(table.path).write_bytes(changed)
+        with pytest.raises(LabelError, match=r"again"):
+            LabelTable.open(table.path)
+    Path(table.path).write_bytes(data)
+    LabelTable.open(table.path).verify()
+
+
+def test_a_table_of_before_the_seal_is_read_and_checked_by_its_digest(table: LabelTable) -> None:
+    keys = table.keys()
+    rewrite(table, {b"paml": json.dumps(dict(table.metadata)).encode()})
+    assert LabelTable.open(table.path).keys() == keys
+    data = bytearray(Path(table.path).read_bytes())
+    data[data.rindex(bytes.fromhex("ff" * 8))] ^= 1
+    Path(table.path).write_bytes(data)
     with pytest.raises(LabelError, match="is damaged: its content has digest"):
-        LabelTable.open(table.path).verify()
+        LabelTable.open(table.path)
 
 
 def rewrite(table: LabelTable, metadata: dict[bytes, bytes], batches: int = 1) -> None:
