@@ -1,7 +1,7 @@
 """Images as files below a folder, local or remote."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,22 +35,24 @@ class FolderPart:
 
     name: str
     folder: str
-    names: tuple[str, ...]
-    """Paths below the folder."""
+    files: tuple[tuple[str, str], ...]
+    """(key, path below the folder) of each."""
     bytes: int | None
-    rule: KeyRule = "name"
 
     @property
     def images(self) -> int:
-        return len(self.names)
+        return len(self.files)
 
     def __iter__(self) -> Iterator[tuple[str, Payload]]:
         if not storage.is_remote(self.folder):
-            for name in self.names:
-                yield key_of(name, self.rule), os.path.join(self.folder, name)
+            for key, name in self.files:
+                yield key, os.path.join(self.folder, name)
             return
-        for name, data in read_ahead(self.names, lambda name: read_object(storage.join(self.folder, name))):
-            yield key_of(name, self.rule), data
+        for (key, _), data in read_ahead(self.files, self._read):
+            yield key, data
+
+    def _read(self, file: tuple[str, str]) -> Payload:
+        return read_object(storage.join(self.folder, file[1]))
 
 
 def folder_parts(folder: str | os.PathLike[str], per_part: int = 2000, *, keys: KeyRule = "name") -> list[Part]:
@@ -67,9 +69,17 @@ def folder_parts(folder: str | os.PathLike[str], per_part: int = 2000, *, keys: 
     parts: list[Part] = []
     for number, run in enumerate(cut(found, per_part)):
         mark = mark_of(f"{name} {size}" for name, size in run)
-        names = tuple(name for name, _ in run)
-        parts.append(FolderPart(f"files-{number:06d}-{mark}", root, names, sum(size for _, size in run), keys))
+        files = tuple((key_of(name, keys), name) for name, _ in run)
+        parts.append(FolderPart(f"files-{number:06d}-{mark}", root, files, sum(size for _, size in run)))
     return parts
+
+
+def file_parts(folder: str, files: Sequence[tuple[str, str]], per_part: int = 2000) -> list[Part]:
+    """Files that are known by name, (key, path below `folder`) each: nothing is listed."""
+    return [
+        FolderPart(f"files-{number:06d}-{mark_of(name for _, name in run)}", folder, tuple(run), None)
+        for number, run in enumerate(cut(files, per_part))
+    ]
 
 
 def iter_folder(folder: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
