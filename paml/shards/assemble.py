@@ -42,6 +42,11 @@ class AssembleJob:
     source: str
     """Digest of all pieces: shards that were made of other ones are made anew."""
 
+    def memory(self, threads: int) -> int:
+        """Bytes that a task takes at most."""
+        largest = int(np.diff(self.bounds, axis=1).sum(axis=0).max(initial=0))
+        return largest + (256 << 20)
+
 
 def plan_groups(out: str, work: str, num_shards: int, pieces: Sequence[Piece], group_bytes: int) -> AssembleJob:
     """Consecutive shards in groups of at most `group_bytes`, but at least one shard each."""

@@ -35,6 +35,7 @@ from paml.storage import StorageError
 PIECE_BYTES = 256 << 20
 _PIECE_SECONDS = 600.0
 """A piece ends after so long, however small it is: a slow source loses no more to a kill."""
+_THREAD_BYTES = 64 << 20
 _AHEAD = 4
 """Images in hand a thread."""
 _ESCAPED = re.compile(r"[%./\\\x00-\x1f\x7f]")
@@ -52,6 +53,10 @@ class EncodeJob:
     wanted: KeySet | None = None
     """Digests of the keys that are wanted; None takes all."""
     piece_bytes: int = PIECE_BYTES
+
+    def memory(self, threads: int) -> int:
+        """Bytes that a task of so many threads takes at most, for photos of usual size."""
+        return 2 * self.piece_bytes + (threads + 2) * _THREAD_BYTES
 
 
 def member_key(key: str) -> str:

@@ -38,6 +38,7 @@ REJECTS_NAME = "rejects.csv"
 PARTIAL = ".partial"
 _ROUNDS = 5
 _READS = 16
+_LISTED = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,9 @@ class PartsFailed(DataError):
 
     def __init__(self, failures: Sequence[Failure], of: int, what: str) -> None:
         self.failures = tuple(failures)
-        lines = "".join(f"\n  {failure}" for failure in self.failures)
+        lines = "".join(f"\n  {failure}" for failure in self.failures[:_LISTED])
+        if len(self.failures) > _LISTED:
+            lines += f"\n  and {len(self.failures) - _LISTED:,} more"
         super().__init__(
             f"{len(self.failures)} of {of:,} {what} failed, the others are done and kept:{lines}\n"
             "mend the cause and make the same call again: it does what is left"

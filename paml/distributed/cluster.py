@@ -1,0 +1,42 @@
+"""The cluster that a job finds: how to join it, and what its tasks need to find this paml and the storage."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+
+STORAGE_VARIABLES = ("AWS_", "PAML_", "NO_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "SSL_CERT_FILE")
+"""Beginnings of the environment variables that reading and writing depend on."""
+
+
+def is_at_hand() -> bool:
+    """Whether this process belongs to a cluster: it was submitted to one, or RAY_ADDRESS names one."""
+    return bool(os.environ.get("RAY_ADDRESS")) or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def join(address: str | None = None) -> None:
+    """Join the cluster of `address` or RAY_ADDRESS; where there is none, start Ray in this process."""
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+
+
+def working_dir() -> str | None:
+    """The working_dir of the Ray job that this process belongs to, if it has one."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return (job.get("runtime_env") or {}).get("working_dir")
+
+
+def task_environment() -> dict[str, Any]:
+    """Let tasks find this paml: by the job's working_dir where it has one, else at this checkout's path."""
+    if working_dir():
+        return {}
+    return {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}}
+
+
+def storage_environment() -> dict[str, str]:
+    """This process's settings and keys for storage. They are to travel as data: Ray shows runtime environments."""
+    return {name: value for name, value in os.environ.items() if name.upper().startswith(STORAGE_VARIABLES)}

@@ -1,0 +1,108 @@
+"""Shards by Ray tasks: the bytes of one process, whatever happens to the workers."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paml.shards import PartsFailed, ShardSettings, verify_shards, write_parts, write_shards
+from paml.shards.tasks import LocalTasks
+from tests.helpers.parts import DeadlyPart, DrawnPart, FailingPart, ShyPart, drawn_parts
+
+SMALL = ShardSettings(size=32, samples_per_shard=20)
+COUNT = 120
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    os.environ.update({"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"})
+    os.environ.pop("RAY_ADDRESS", None)
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images by the plain function, in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    pairs = [pair for part in drawn_parts(COUNT, 1) for pair in part]
+    write_shards(pairs, folder, SMALL, expected_count=COUNT, workers=1)
+    return folder
+
+
+def all_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_bytes_are_those_of_one_process(ray: Any, whole: Path, tmp_path: Path) -> None:
+    from paml.distributed.prepare_ray import RayTasks
+
+    told: list[tuple[str, int, int]] = []
+    report = write_parts(
+        drawn_parts(COUNT, 5)[::-1],
+        tmp_path / "many",
+        SMALL,
+        tasks=RayTasks(),
+        piece_bytes=10_000,
+        group_bytes=30_000,
+        progress=lambda *what: told.append(what),
+    )
+    assert (report.written, report.rejected, report.shards) == (COUNT, 0, 6)
+    assert all_bytes(tmp_path / "many") == all_bytes(whole)
+    assert told[-1] == ("shards", 6, 6)
+    assert ("images", COUNT, COUNT) in told
+    write_parts(drawn_parts(COUNT, 2), tmp_path / "wide", SMALL, tasks=RayTasks(cpus_per_task=2))
+    assert all_bytes(tmp_path / "wide") == all_bytes(whole)
+
+
+def test_a_killed_worker_is_replaced_and_its_pieces_are_kept(ray: Any, whole: Path, tmp_path: Path) -> None:
+    from paml.distributed.prepare_ray import RayTasks
+
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    parts: list[DrawnPart] = drawn_parts(COUNT, 3)
+    last = parts[-1]
+    parts[-1] = DeadlyPart(last.name, last.first, last.end, folder=str(marks), at=last.end - 3, times=2)
+    write_parts(parts, tmp_path / "out", SMALL, tasks=RayTasks(retries=2), piece_bytes=10_000)
+    assert len(list(marks.iterdir())) == 2
+    assert all_bytes(tmp_path / "out") == all_bytes(whole)
+
+
+def test_a_part_that_always_fails_is_named_while_the_others_finish(ray: Any, whole: Path, tmp_path: Path) -> None:
+    from paml.distributed.prepare_ray import RayTasks
+
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    good = drawn_parts(COUNT, 4)
+    bad: list[DrawnPart] = list(good)
+    bad[1] = FailingPart("broken disk", good[1].first, good[1].end, at=good[1].first + 2)
+    bad[2] = DeadlyPart("deadly", good[2].first, good[2].end, folder=str(marks), at=good[2].first, times=99)
+    with pytest.raises(PartsFailed) as failed:
+        write_parts(bad, tmp_path / "out", SMALL, tasks=RayTasks(retries=1))
+    reasons = {failure.name: str(failure) for failure in failed.value.failures}
+    assert reasons.keys() == {"broken disk", "deadly"}
+    assert "the disk of this part is broken (2 attempts)" in reasons["broken disk"]
+    assert "its worker died" in reasons["deadly"]
+    assert len(list(marks.iterdir())) == 2
+    # The others are not read again: these would fail.
+    left = [FailingPart(part.name, part.first, part.end, at=part.first) for part in (good[0], good[3])]
+    write_parts([*good[1:3], *left], tmp_path / "out", SMALL, expected_count=COUNT, tasks=LocalTasks(2, retries=0))
+    assert all_bytes(tmp_path / "out") == all_bytes(whole)
+    assert verify_shards(tmp_path / "out").ok
+
+
+def test_sources_that_want_few_readers_get_few(ray: Any, tmp_path: Path) -> None:
+    from paml.distributed.prepare_ray import RayTasks
+
+    one, two = (
+        [ShyPart(f"shy-{i}", 10 * i, 10 * i + 10, folder=str(tmp_path), at_a_time=n) for i in range(4)] for n in (1, 4)
+    )
+    report = write_parts(one, tmp_path / "out", SMALL, tasks=RayTasks(cpus_per_task=1, retries=0))
+    assert report.written == 40
+    with pytest.raises(PartsFailed, match="somebody else reads"):
+        write_parts(two, tmp_path / "crowd", SMALL, tasks=RayTasks(cpus_per_task=1, retries=0))
