@@ -99,10 +99,11 @@ def test_a_part_that_always_fails_is_named_while_the_others_finish(ray: Any, who
 def test_sources_that_want_few_readers_get_few(ray: Any, tmp_path: Path) -> None:
     from paml.distributed.prepare_ray import RayTasks
 
-    one, two = (
-        [ShyPart(f"shy-{i}", 10 * i, 10 * i + 10, folder=str(tmp_path), at_a_time=n) for i in range(4)] for n in (1, 4)
-    )
-    report = write_parts(one, tmp_path / "out", SMALL, tasks=RayTasks(cpus_per_task=1, retries=0))
-    assert report.written == 40
+    def shy(at_a_time: int, hold_seconds: float) -> list[ShyPart]:
+        options: dict[str, Any] = {"folder": str(tmp_path), "at_a_time": at_a_time, "hold_seconds": hold_seconds}
+        return [ShyPart(f"shy-{i}", 10 * i, 10 * i + 10, **options) for i in range(4)]
+
+    tasks = RayTasks(cpus_per_task=1, retries=0)
+    assert write_parts(shy(1, 0.3), tmp_path / "out", SMALL, tasks=tasks).written == 40
     with pytest.raises(PartsFailed, match="somebody else reads"):
-        write_parts(two, tmp_path / "crowd", SMALL, tasks=RayTasks(cpus_per_task=1, retries=0))
+        write_parts(shy(4, 60.0), tmp_path / "crowd", SMALL, tasks=tasks)

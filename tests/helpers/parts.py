@@ -66,14 +66,19 @@ class ShyPart(DrawnPart):
 
     folder: str = ""
     at_a_time: int = 1
+    hold_seconds: float = 0.3
+    """How long it waits for another one to come, once it is being read."""
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
-        mark = Path(self.folder, "reading")
+        mark, met = Path(self.folder, "reading"), Path(self.folder, "met")
         try:
             mark.touch(exist_ok=False)
         except FileExistsError:
+            met.touch()
             raise OSError(11, "somebody else reads") from None
-        time.sleep(0.3)
+        end = time.monotonic() + self.hold_seconds
+        while time.monotonic() < end and not met.exists():
+            time.sleep(0.05)
         yield from super().__iter__()
         mark.unlink()
 
