@@ -1,11 +1,13 @@
-"""Time and memory of building a label table, against pandas + numpy doing the same job.
+"""Time and memory of building a label table, beside pandas + numpy and DuckDB + numpy doing the same job.
 
-    python benchmarks/labels.py [--rows 3000000] [--repeats 5] [--classes CLASSES_TRAINABLE_TXT] [--v3]
+    python benchmarks/labels.py [--v3] [--repeats 5] [--rows 3000000 --images 1300000] [--folder FOLDER]
 
 The file is synthetic: images and classes drawn long-tailed, rows in random order, a share of unknown classes,
-duplicates and contradictions. Both sides run in processes of their own, in turn; printed are the median of the
-ratios of neighbouring runs, the peak memory of each process, and that both made the same labels. `--v3` then
-builds one table of the size of Open Images V3 (9.0 M images, 20.9 M rows) and times its look-ups.
+duplicates and contradictions; `--v3` takes the figures of Open Images V3 (9,011,219 images, 20,868,755 rows). The three
+sides end in the same arrays: keys, offsets, codes. They run in processes of their own, in turn, the order turned
+each round; what is printed are medians, medians of the ratios of one round, by clock and by processor time (which
+other work on the machine disturbs less), and the peak memory of each process. Ours alone also writes every rejected
+row to a file, hashes its sources and flushes to disk. Then the table's join, look-ups and changes are timed.
 """
 
 import argparse
@@ -17,15 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+V3_IMAGES, V3_ROWS = 9_011_219, 20_868_755
 SOURCES = ["verification", "crowdsource-verification"]
 
 
 def write_annotations(path: Path, classes: list[str], num_images: int, num_rows: int, seed: int = 0) -> None:
-    """A shuffled annotation file of about `num_rows` rows: 1 % unknown classes, 0.1 % twice, 0.1 % contradicted."""
+    """A shuffled annotation file of `num_rows` rows: 1 % unknown classes, 0.1 % twice, 0.1 % contradicted."""
     import pyarrow as pa
     import pyarrow.csv as pacsv
 
@@ -34,16 +38,19 @@ def write_annotations(path: Path, classes: list[str], num_images: int, num_rows:
     rng = np.random.default_rng(seed)
     keys = uint64_to_hex(rng.integers(0, 2**64 - 1, num_images, np.uint64, endpoint=True))
     known = pa.array([*classes, *(f"/x/unknown{number}" for number in range(100))])
+    num_unknown, num_again, num_against = num_rows // 100, num_rows // 1000, num_rows // 1000
+    num_more = num_rows - num_images - num_unknown - num_again - num_against
     # Every image has a label, some have many; classes follow Zipf's law.
-    image = np.concatenate([np.arange(num_images), rng.integers(0, num_images, max(0, num_rows - num_images))])
     weights = 1 / np.arange(1, len(classes) + 1) ** 0.9
-    cls = rng.choice(len(classes), len(image), p=weights / weights.sum())
-    distinct = np.unique(image * np.int64(len(known)) + cls)
-    image, cls = np.divmod(distinct, len(known))
+    first = np.arange(num_images) * len(known) + rng.choice(len(classes), num_images, p=weights / weights.sum())
+    more = np.empty(0, np.int64)
+    while len(more) < num_more:
+        image = rng.integers(0, num_images, num_more)
+        cls = rng.choice(len(classes), num_more, p=weights / weights.sum())
+        more = np.setdiff1d(np.concatenate([more, image * len(known) + cls]), first, assume_unique=False)
+    image, cls = np.divmod(np.concatenate([first, rng.choice(more, num_more, replace=False)]), len(known))
     state = (rng.random(len(image)) < 0.47).astype(np.int8)
-    unknown = rng.integers(0, len(image), len(image) // 100)
-    again = rng.integers(0, len(image), len(image) // 1000)
-    against = rng.integers(0, len(image), len(image) // 1000)
+    unknown, again, against = (rng.integers(0, len(image), n) for n in (num_unknown, num_again, num_against))
     image = np.concatenate([image, image[unknown], image[again], image[against]])
     cls = np.concatenate([cls, len(classes) + unknown % 100, cls[again], cls[against]])
     state = np.concatenate([state, state[unknown], state[again], 1 - state[against]])
@@ -62,50 +69,78 @@ def write_annotations(path: Path, classes: list[str], num_images: int, num_rows:
             pacsv.write_csv(pa.table(rows), file, options)
 
 
-def build_with_pandas(annotations: str, classes: str, out: str) -> dict[str, int]:
-    """The reference: read_csv, map the classes, settle repeats and contradictions, sort, offsets, one .npz file."""
+def build_with_pandas(annotations: str, classes: str, out: str) -> None:
+    """read_csv, map the classes, number the images, one sorted array of pairs, offsets."""
     import pandas as pd
 
     mids = Path(classes).read_text().split()
-    frame = pd.read_csv(annotations, dtype={"ImageID": str, "LabelName": str, "Confidence": str})
+    names = ["ImageID", "LabelName", "Confidence"]
+    frame = pd.read_csv(annotations, usecols=names, dtype=dict.fromkeys(names, str))
     frame["cls"] = frame["LabelName"].map({mid: number for number, mid in enumerate(mids)})
-    known = frame["cls"].notna()
-    right = known & frame["Confidence"].isin(["0", "1"])
-    usable = frame.loc[right, ["ImageID", "cls", "Confidence"]]
-    found, names = pd.factorize(usable["ImageID"])
-    values = np.array([int(name, 16) for name in names], np.uint64)
+    usable = frame.loc[frame["cls"].notna() & frame["Confidence"].isin(["0", "1"])]
+    found, texts = pd.factorize(usable["ImageID"])
+    values = np.frombuffer(bytes.fromhex("".join(texts)), ">u8").astype(np.uint64)
     order = np.argsort(values)
-    keys, rank = values[order], np.empty(len(order), np.int64)
+    rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
-    image = rank[found]
-    state = (usable["Confidence"] == "1").to_numpy()
-    codes = (image << 32) | (usable["cls"].to_numpy(np.int64) << 1) | state
-    single = np.unique(codes)
-    lost = np.zeros(len(single), bool)
-    lost[1:] = (single[1:] >> 1) == (single[:-1] >> 1)
-    kept = single[~lost]
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(kept >> 32, minlength=len(keys)))])
-    low = (kept & 0xFFFFFFFF).astype(np.uint16)
-    np.savez(out, keys=keys, offsets=offsets.astype(np.int32), codes=low)
-    return {"images": len(keys), "annotations": len(kept), "code_sum": int(low.astype(np.int64).sum())}
+    codes = (usable["cls"].to_numpy(np.int64) << 1) | (usable["Confidence"] == "1").to_numpy()
+    save(out, values[order], (rank[found] << 32) | codes)
 
 
-def build_with_paml(annotations: str, classes: str, out: str) -> dict[str, int]:
-    from paml.labels import LabelTable, build_label_table
+def build_with_duckdb(annotations: str, classes: str, out: str) -> None:
+    """SQL reads, joins the classes and turns keys into numbers; numpy sorts, which is faster here than ORDER BY."""
+    import duckdb
 
-    report = build_label_table(annotations, classes, out + ".arrow")
-    positives, negatives = LabelTable.open(report.path).class_counts()
-    weights = np.arange(len(positives))
-    code_sum = int((2 * weights * (positives + negatives) + positives).sum())
-    return {"images": report.images, "annotations": report.annotations, "code_sum": code_sum}
+    connection = duckdb.connect()
+    connection.execute("SET preserve_insertion_order = false")
+    connection.execute(
+        "CREATE TABLE classes AS SELECT mid, (row_number() OVER () - 1)::INTEGER AS cls "
+        f"FROM read_csv('{classes}', header = false, columns = {{'mid': 'VARCHAR'}})"
+    )
+    columns = ", ".join(f"'{name}': 'VARCHAR'" for name in ("ImageID", "Source", "LabelName", "Confidence"))
+    found = connection.sql(
+        "SELECT ('0x' || ImageID)::UBIGINT AS key, (2 * cls + Confidence::INTEGER)::UINTEGER AS code "
+        f"FROM read_csv('{annotations}', header = true, auto_detect = false, quote = '', escape = '', "
+        f"columns = {{{columns}}}) JOIN classes ON LabelName = mid WHERE Confidence IN ('0', '1')"
+    ).fetchnumpy()
+    connection.close()
+    order = np.argsort(found["key"])
+    keys = found["key"][order]
+    starts = np.ones(len(keys), bool)
+    starts[1:] = keys[1:] != keys[:-1]
+    save(out, keys[starts], ((np.cumsum(starts) - 1) << 32) | found["code"][order])
 
 
-def in_a_process(side: str, *arguments: str) -> dict[str, float]:
-    """Run one side in its own process: its counts, its seconds without imports, its peak memory in MB."""
+def save(out: str, keys: np.ndarray, pairs: np.ndarray) -> None:
+    """Settle repeats and contradictions of row << 32 | code (the negative wins) and write the three arrays."""
+    pairs.sort()
+    first = np.ones(len(pairs), bool)
+    first[1:] = (pairs[1:] >> 1) != (pairs[:-1] >> 1)
+    kept = pairs[first]
+    offsets = np.zeros(len(keys) + 1, np.int32)
+    np.cumsum(np.bincount(kept >> 32, minlength=len(keys)), out=offsets[1:])
+    np.savez(out, keys=keys, offsets=offsets, codes=(kept & 0xFFFFFFFF).astype(np.uint16))
+
+
+def build_with_paml(annotations: str, classes: str, out: str) -> None:
+    from paml.labels import build_label_table
+
+    build_label_table(annotations, classes, out + ".arrow")
+
+
+SIDES: dict[str, tuple[Callable[[str, str, str], None], tuple[str, ...]]] = {
+    "paml": (build_with_paml, ("duckdb", "paml.labels")),
+    "duckdb": (build_with_duckdb, ("duckdb",)),
+    "pandas": (build_with_pandas, ("pandas",)),
+}
+
+
+def in_a_process(*arguments: str) -> dict[str, float]:
+    """Run one side in its own process: its seconds without imports, by clock and processor, its peak memory in MB."""
     done = subprocess.run(
-        [sys.executable, os.path.abspath(__file__), "--side", side, *arguments],
+        [sys.executable, os.path.abspath(__file__), *arguments],
         check=True,
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
     )
@@ -124,98 +159,134 @@ def peak_memory_mb() -> float:
 
 
 def run_side(side: str, annotations: str, classes: str, out: str) -> None:
-    if side == "paml":
-        build, modules = build_with_paml, ("duckdb", "paml.labels")
-    else:
-        build, modules = build_with_pandas, ("pandas",)
+    build, modules = SIDES[side]
     for module in modules:
         importlib.import_module(module)
-    start = time.perf_counter()
-    counts: dict[str, float] = dict(build(annotations, classes, out))
-    counts["seconds"] = time.perf_counter() - start
-    counts["peak_mb"] = peak_memory_mb()
-    print(json.dumps(counts))
+    start, processor = time.perf_counter(), time.process_time()
+    build(annotations, classes, out)
+    took = {"clock": time.perf_counter() - start, "processor": time.process_time() - processor}
+    print(json.dumps({**took, "peak_mb": peak_memory_mb()}))
 
 
-def compare(folder: Path, classes: Path, num_rows: int, repeats: int) -> None:
-    annotations = folder / "annotations-human.csv"
-    write_annotations(annotations, classes.read_text().split(), num_rows * 9 // 21, num_rows)
-    size = annotations.stat().st_size
-    ratios, peaks, seconds = [], {"pandas": 0.0, "paml": 0.0}, {"pandas": [], "paml": []}
+def arrays_of(side: str, folder: Path) -> tuple[np.ndarray, ...]:
+    """(keys, offsets, codes) as the side left them."""
+    if side == "paml":
+        from paml.labels import LabelTable
+
+        table = LabelTable.open(folder / "paml.arrow")
+        rows = np.arange(table.num_images)
+        triples = table.lookup(rows)
+        offsets = np.concatenate([[0], np.cumsum(table.label_counts(rows))])
+        return table.key_column().to_numpy(), offsets, 2 * triples.cls + triples.state
+    with np.load(folder / f"{side}.npz") as found:
+        return found["keys"], found["offsets"], found["codes"]
+
+
+def compare(folder: Path, annotations: Path, classes: Path, num_rows: int, repeats: int, sides: list[str]) -> None:
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for repeat in range(repeats):
-        pair = {}
-        for side in ("pandas", "paml") if repeat % 2 else ("paml", "pandas"):
-            pair[side] = in_a_process(side, str(annotations), str(classes), str(folder / side))
-            peaks[side] = max(peaks[side], pair[side]["peak_mb"])
-            seconds[side].append(pair[side]["seconds"])
-        same = all(pair["pandas"][name] == pair["paml"][name] for name in ("images", "annotations", "code_sum"))
-        if not same:
-            raise SystemExit(f"the two sides disagree: {pair}")
-        ratios.append(pair["pandas"]["seconds"] / pair["paml"]["seconds"])
-    print(f"{num_rows:,} rows drawn ({size / 1e6:.0f} MB), {len(ratios)} pairs of runs, same labels in each")
-    for side in ("pandas", "paml"):
-        print(f"{side:7} {statistics.median(seconds[side]):6.2f} s (median), peak {peaks[side]:,.0f} MB")
-    print(f"ratio pandas / paml: median {statistics.median(ratios):.2f} (of {', '.join(f'{r:.2f}' for r in ratios)})")
-
-
-def at_v3_size(folder: Path, classes: Path) -> None:
-    from paml.labels import LabelTable
-
-    annotations = folder / "v3.csv"
-    # Classes that repeat within an image are drawn once, so draw some more to end near 20.9 M rows.
-    write_annotations(annotations, classes.read_text().split(), 9_011_219, 21_100_000)
-    found = in_a_process("paml", str(annotations), str(classes), str(folder / "v3"))
-    size = os.path.getsize(folder / "v3.arrow") / 1e6
+        for side in sides if repeat % 2 else sides[::-1]:
+            runs[side].append(in_a_process("--side", side, str(annotations), str(classes), str(folder / side)))
+            print(f"round {repeat + 1}: {side:6} {runs[side][-1]['clock']:7.2f} s", file=sys.stderr)
+    ours = arrays_of("paml", folder)
+    for side in sides:
+        if not all(np.array_equal(own, other) for own, other in zip(ours, arrays_of(side, folder), strict=True)):
+            raise SystemExit(f"paml and {side} do not agree")
+    megabytes = annotations.stat().st_size / 1e6
     print(
-        f"V3 size: {annotations.stat().st_size / 1e6:,.0f} MB of CSV, {found['annotations']:,.0f} labels of "
-        f"{found['images']:,.0f} images in {found['seconds']:.1f} s, peak {found['peak_mb']:,.0f} MB, "
-        f"table {size:.1f} MB"
+        f"{num_rows:,} rows ({megabytes:,.0f} MB), {len(ours[0]):,} images, {len(ours[2]):,} labels; {repeats} rounds; "
+        "all sides made the same arrays"
     )
+    print("| side | s | M rows/s | processor s | peak MB | paml is faster (by processor) |")
+    print("|---|---|---|---|---|---|")
+    for side in sides:
+        clock, processor = ([run[name] for run in runs[side]] for name in ("clock", "processor"))
+        ratios = [
+            statistics.median(run[name] / own[name] for run, own in zip(runs[side], runs["paml"], strict=True))
+            for name in ("clock", "processor")
+        ]
+        peak = max(run["peak_mb"] for run in runs[side])
+        print(
+            f"| {side} | {statistics.median(clock):.2f} | {num_rows / statistics.median(clock) / 1e6:.2f} "
+            f"| {statistics.median(processor):.2f} | {peak:,.0f} | {ratios[0]:.2f} ({ratios[1]:.2f}) times |"
+        )
+
+
+def use_table(path: Path) -> None:
+    """The join, the look-ups and the changes of a table."""
+    from paml.labels import LabelTable
+    from paml.labels.edit import cut, export_csv, keep, merge, split
+    from paml.labels.states import POSITIVE
+    from paml.labels.table import uint64_to_hex
+
     start = time.perf_counter()
-    table = LabelTable.open(str(folder / "v3.arrow"))
-    opened = time.perf_counter() - start
+    table = LabelTable.open(path)
+    print(f"table of {os.path.getsize(path) / 1e6:.1f} MB, opened in {(time.perf_counter() - start) * 1e3:.1f} ms")
     rng = np.random.default_rng(0)
-    keys = table.keys()
-    order = rng.permutation(len(keys))
-    shuffled = [keys[i] for i in order]
+    order = rng.permutation(table.num_images)
+    shuffled = uint64_to_hex(table.key_column().to_numpy()[order])
     start = time.perf_counter()
     rows = table.rows_of(shuffled)
-    joined = time.perf_counter() - start
+    print(f"join of {len(rows):,} shuffled keys to rows: {time.perf_counter() - start:.2f} s")
     if not (rows == order).all():
         raise SystemExit("the join found wrong rows")
-    batches = rng.integers(0, table.num_images, (2000, 512))
     times = []
-    for batch in batches:
+    for batch in rng.integers(0, table.num_images, (2000, 512)):
         start = time.perf_counter()
         table.lookup(batch)
         times.append(time.perf_counter() - start)
-    print(
-        f"open {opened * 1e3:.1f} ms; all {len(keys):,} keys to rows in {joined:.2f} s; look-up of 512 random rows "
-        f"{statistics.median(times) * 1e6:.0f} us (median)"
-    )
+    worst = statistics.quantiles(times, n=100)[98]
+    print(f"look-up of 512 random rows: {statistics.median(times) * 1e6:.0f} us, 99 of 100 below {worst * 1e6:.0f} us")
+    out, some = path.parent, list(table.classes[: table.num_classes // 2])
+    changes: dict[str, Callable[[], object]] = {
+        "cut to half of the classes": lambda: cut(table, str(out / "cut.arrow"), classes=some),
+        "keep positives": lambda: keep(table, str(out / "kept.arrow"), lambda labels: labels.state == POSITIVE),
+        "split in 80, 10, 10 %": lambda: split(table, [str(out / f"{n}.arrow") for n in range(3)], [0.8, 0.1, 0.1], 0),
+        "merge of the three parts": lambda: merge([str(out / f"{n}.arrow") for n in range(3)], str(out / "m.arrow")),
+        "to CSV": lambda: export_csv(table, str(out / "back.csv")),
+    }
+    for name, change in changes.items():
+        start = time.perf_counter()
+        change()
+        print(f"{name}: {time.perf_counter() - start:.2f} s")
+    if LabelTable.open(out / "m.arrow").digest != table.digest:
+        raise SystemExit("the merged parts are not the whole")
+    print(f"peak memory of all this {peak_memory_mb():,.0f} MB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=3_000_000, help="rows of the compared file")
-    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs")
-    parser.add_argument("--classes", type=Path, help="class list; 5,000 made-up MIDs by default")
-    parser.add_argument("--v3", action="store_true", help="also build a table of the size of Open Images V3")
-    parser.add_argument("--folder", help="where to write (2 GB for --v3); the system's temporary folder by default")
-    parser.add_argument("--side", choices=["pandas", "paml"], help=argparse.SUPPRESS)
+    parser.add_argument("--v3", action="store_true", help="the size of Open Images V3 (2 GB on disk, 9 GB for pandas)")
+    parser.add_argument("--rows", type=int, default=3_000_000)
+    parser.add_argument("--images", type=int, default=1_300_000)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--folder", type=Path, help="where to write; what lies there is used again")
+    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
+    parser.add_argument("--use", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("files", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         run_side(options.side, *options.files)
         return
-    with tempfile.TemporaryDirectory(prefix="paml-labels-", dir=options.folder) as name:
-        folder = Path(name)
-        classes = options.classes or folder / "classes.txt"
-        if options.classes is None:
-            classes.write_text("".join(f"/m/0{number:04x}\n" for number in range(5000)))
-        compare(folder, classes, options.rows, options.repeats)
-        if options.v3:
-            at_v3_size(folder, classes)
+    if options.use:
+        use_table(options.use)
+        return
+    num_images, num_rows = (V3_IMAGES, V3_ROWS) if options.v3 else (options.images, options.rows)
+    with tempfile.TemporaryDirectory(prefix="paml-labels-") as name:
+        folder = options.folder or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        classes, annotations = folder / "classes.txt", folder / f"annotations-{num_images}-{num_rows}.csv"
+        mids = [f"/m/0{number:04x}" for number in range(5000)]
+        classes.write_text("".join(f"{mid}\n" for mid in mids))
+        if not annotations.exists():
+            write_annotations(annotations, mids, num_images, num_rows)
+        sides = [side for side in SIDES if side in {"paml", *options.sides}]
+        compare(folder, annotations, classes, num_rows, options.repeats, sides)
+        sys.stdout.flush()
+        # In a process of its own, whose peak is that of the table's use.
+        used = [sys.executable, os.path.abspath(__file__), "--use", str(folder / "paml.arrow")]
+        subprocess.run(used, check=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])})
 
 
 if __name__ == "__main__":

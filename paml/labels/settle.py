@@ -71,13 +71,13 @@ def by_key(keys: np.ndarray, codes: np.ndarray) -> Labels:
 
 
 def in_blocks(keys: np.ndarray, codes: np.ndarray) -> Iterator[Labels]:
-    """Labels in any order as the blocks that `settle` takes."""
-    for start in range(0, len(keys), _BLOCK_ROWS):
+    """Labels in any order as the blocks that `settle` takes, at least one."""
+    for start in range(0, max(1, len(keys)), _BLOCK_ROWS):
         yield by_key(keys[start : start + _BLOCK_ROWS], codes[start : start + _BLOCK_ROWS])
 
 
 def settle(blocks: list[Labels], conflict: ConflictRule, *, threads: int = 1) -> Settled:
-    """Settle labels that come in blocks, each ascending by key (see `by_key`). Empties the list.
+    """Settle labels that come in blocks, one or more, each ascending by key (see `by_key`). Empties the list.
 
     Works on ranges of keys of about a million labels, whose sorting stays in the cache and whose copies stay small.
     """

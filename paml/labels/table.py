@@ -129,7 +129,7 @@ class LabelTable:
         return self._keys
 
     def label_columns(self) -> tuple[np.ndarray, np.ndarray]:
-        """(offsets int32[num_images + 1], codes uint16 or uint32[num_annotations]) as stored; code 2 * class + state."""
+        """(offsets int32[num_images + 1], codes uint16 or uint32[num_annotations]) as stored: 2 * class + state."""
         return self._offsets, self._codes
 
     def lookup(self, rows: np.ndarray | Sequence[int]) -> Triples:
