@@ -1,23 +1,27 @@
 """Check a folder of shards against its manifest, and name what is lost."""
 
+import contextlib
 import dataclasses
 import os
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from mmap import ACCESS_READ, mmap
 
+import pyarrow.compute as pc
+
 from paml import storage
-from paml.shards.manifest import Manifest
+from paml.shards.manifest import MANIFEST_NAME, Manifest
 
 _NAMED = 10
+_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardFault:
-    """What is wrong with one shard."""
+    """What is wrong with one shard, or with a file beside them."""
 
     path: str
     problem: str
@@ -60,7 +64,7 @@ class VerifyReport:
         head = f"{self.folder}: {self.samples:,} images in {self.shards:,} shards, checked by {by}: "
         if self.ok:
             return head + "all whole"
-        head += f"{len(self.faults)} bad shards, {len(self.lost):,} images lost"
+        head += f"{len(self.faults)} bad files, {len(self.lost):,} images lost"
         return "\n".join([head, *(f"  {fault}" for fault in self.faults)])
 
 
@@ -73,11 +77,12 @@ def verify_shards(
 ) -> VerifyReport:
     """Check each shard's size and SHA-256; where they differ, each image's CRC-32 and each tar header.
 
-    Without `deep` sizes alone are compared. Damage is reported, not raised; raises DataError where there is
-    no manifest, StorageError where storage cannot be reached.
+    Shards that are gone, hold another's content, or are not in the manifest (stock WebDataset would read them too)
+    are named. Without `deep` sizes alone are compared. Damage is reported, not raised; raises DataError where there
+    is no sound manifest, StorageError where storage cannot be reached.
     """
     manifest = Manifest.open(folder)
-    faults = []
+    faults = [*_doubled_keys(manifest), *_strangers(manifest)]
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         checks = pool.map(lambda shard: _check(manifest, shard, deep), range(len(manifest.shards)))
         for done, fault in enumerate(checks, start=1):
@@ -95,6 +100,29 @@ def verify_shards(
     )
 
 
+def _doubled_keys(manifest: Manifest) -> list[ShardFault]:
+    keys = manifest.keys()
+    if pc.call_function("count_distinct", [keys]).as_py() == len(keys):
+        return []
+    counts = pc.call_function("value_counts", [keys])
+    twice = counts.field("values").filter(pc.call_function("greater", [counts.field("counts"), 1])).to_pylist()
+    named = ", ".join(twice[:_NAMED])
+    path = storage.join(manifest.folder, MANIFEST_NAME)
+    return [ShardFault(path, f"{len(twice):,} keys stand twice: {named}: write the shards again", 0, ())]
+
+
+def _strangers(manifest: Manifest) -> list[ShardFault]:
+    """Tar files of the folder that its manifest does not name; one that indexes others' shards may leave some out."""
+    if not manifest.settings:
+        return []
+    known = {info.name for info in manifest.shards}
+    return [
+        ShardFault(storage.join(manifest.folder, name), f"not in {MANIFEST_NAME}: move it away", 0, ())
+        for name in storage.list_files(manifest.folder)
+        if name.endswith(".tar") and not name.startswith(".") and name not in known
+    ]
+
+
 def _check(manifest: Manifest, shard: int, deep: bool) -> ShardFault | None:
     info, path, rows = manifest.shards[shard], manifest.shard_path(shard), manifest.rows_of_shard(shard)
     try:
@@ -107,16 +135,29 @@ def _check(manifest: Manifest, shard: int, deep: bool) -> ShardFault | None:
         problem = f"cut: {size:,} of {info.bytes:,} bytes are there"
     elif size > info.bytes:
         problem = f"{size:,} bytes where {info.bytes:,} were written"
-    elif deep and storage.sha256_of(path)[0] != info.sha256:
-        problem = "SHA-256 differs"
-    if not problem:
+    if not problem and not deep:
         return None
+    digest = storage.sha256_of(path)[0]
+    if digest == info.sha256:
+        return None
+    problem = problem or "SHA-256 differs"
+    owner = next((other.name for other in manifest.shards if other.sha256 == digest), None)
+    if owner is not None:
+        problem += f": it holds what belongs into {owner}"
+    with _local(path) as local:
+        return _salvage(manifest, shard, local, problem)
+
+
+@contextlib.contextmanager
+def _local(path: str) -> Iterator[str]:
+    """A local file with the content of `path`."""
     if not storage.is_remote(path):
-        return _salvage(manifest, shard, path, problem)
+        yield path
+        return
     with tempfile.TemporaryDirectory(prefix="paml-verify-") as temporary:
         local = os.path.join(temporary, "shard.tar")
         storage.copy_to_local(path, local)
-        return _salvage(manifest, shard, local, problem)
+        yield local
 
 
 def _salvage(manifest: Manifest, shard: int, local: str, problem: str) -> ShardFault:
@@ -136,10 +177,10 @@ def _salvage(manifest: Manifest, shard: int, local: str, problem: str) -> ShardF
             details.append(f"image {lost[-1]!r} (bytes {offset} to {offset + size}) fails its CRC-32")
             continue
         try:
-            tarfile.TarInfo.frombuf(bytes(data[offset - 512 : offset]), "utf-8", "surrogateescape")
+            tarfile.TarInfo.frombuf(bytes(data[offset - _BLOCK : offset]), "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             details.append(
-                f"the tar header of {manifest.key(index)!r} at byte {offset - 512} is damaged (paml reads "
+                f"the tar header of {manifest.key(index)!r} at byte {offset - _BLOCK} is damaged (paml reads "
                 "past it, stock WebDataset drops what follows)"
             )
     if not lost and not details:

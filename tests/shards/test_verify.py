@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from paml.errors import DataError
 from paml.shards import Manifest, ShardSettings, verify_shards, write_shards
+from paml.shards.manifest import make_batch, write_manifest
 from tests.shards.images import flip_byte, source
 
 
@@ -79,3 +80,41 @@ def test_messages_name_what_is_lost(folder: Path) -> None:
     finally:
         path.write_bytes(whole)
     assert verify_shards(folder).ok
+
+
+def test_exchanged_doubled_and_strange_shards_are_named(folder: Path) -> None:
+    manifest = Manifest.open(folder)
+    first, second = (Path(manifest.shard_path(shard)) for shard in range(2))
+    contents = first.read_bytes(), second.read_bytes()
+    try:
+        first.write_bytes(contents[1])
+        second.write_bytes(contents[0])
+        report = verify_shards(folder)
+        assert [fault.path for fault in report.faults] == [str(first), str(second)]
+        assert "it holds what belongs into shard-000001.tar" in str(report.faults[0])
+        assert set(report.lost) == set(manifest.keys().to_pylist())
+        second.write_bytes(contents[1])
+        (fault,) = verify_shards(folder).faults
+        assert set(fault.lost) == set(manifest.keys()[manifest.rows_of_shard(0)].to_pylist())
+    finally:
+        first.write_bytes(contents[0])
+        second.write_bytes(contents[1])
+    (folder / "shard-000002.tar").write_bytes(contents[0])
+    try:
+        (fault,) = verify_shards(folder).faults
+        assert str(fault) == f"{folder}/shard-000002.tar: not in manifest.arrow: move it away"
+    finally:
+        (folder / "shard-000002.tar").unlink()
+    assert verify_shards(folder).ok
+
+
+def test_keys_that_stand_twice_are_named(folder: Path, tmp_path: Path) -> None:
+    manifest = Manifest.open(folder)
+    for info in manifest.shards:
+        (tmp_path / info.name).symlink_to(folder / info.name)
+    keys = manifest.keys().to_pylist()
+    columns = {name: getattr(manifest, name) for name in ("shard", "offset", "size", "crc32", "width", "height")}
+    batch = make_batch(keys=[keys[1], *keys[1:]], **columns)
+    write_manifest(str(tmp_path), batch, manifest.shards, settings=manifest.settings, report={})
+    (fault,) = verify_shards(tmp_path).faults
+    assert str(fault) == f"{tmp_path}/manifest.arrow: 1 keys stand twice: {keys[1]}: write the shards again"
