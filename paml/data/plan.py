@@ -6,6 +6,8 @@ there are. Starting at any step costs one look into an array.
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -32,7 +34,7 @@ def draw64(seed: int, epoch: int, purpose: int, items: np.ndarray) -> np.ndarray
     return mix64(items.astype(np.uint64) ^ stream)
 
 
-_SHARD_ORDER, _SAMPLE_ORDER, _FLIP = 1, 2, 3
+_SHARD_ORDER, _SAMPLE_ORDER, _FLIP, _WINDOW_ORDER, _WINDOW_OFFSET = 1, 2, 3, 4, 5
 
 
 def draw_flips(seed: int, epoch: int, samples: np.ndarray, share: float) -> np.ndarray:
@@ -97,7 +99,7 @@ class EpochPlan:
     """The global batches of one epoch over N samples with B slots."""
 
     order: np.ndarray
-    """int64[N], positions into `Samples`, stream after stream."""
+    """int64[N], positions into `Samples`, stream after stream; -1 in streams that were not asked for."""
     batch_size: int
 
     @property
@@ -110,27 +112,107 @@ class EpochPlan:
         full, rest = divmod(len(self.order), self.batch_size)
         hi = slots[1] if step < full else min(slots[1], rest)
         slot = np.arange(slots[0], max(hi, slots[0]), dtype=np.int64)
-        return slot, self.order[slot * full + np.minimum(slot, rest) + step]
+        return slot, self.order[_stream_starts(len(self.order), self.batch_size, slot) + step]
 
 
 def plan_epoch(
-    samples: Samples, *, batch_size: int, epoch: int, seed: int, window: int, shuffle: bool = True
+    samples: Samples,
+    *,
+    batch_size: int,
+    epoch: int,
+    seed: int,
+    window: int,
+    shuffle: bool = True,
+    slots: tuple[int, int] | None = None,
 ) -> EpochPlan:
-    """Deal the samples to `batch_size` streams: shards in drawn order, shuffled in windows of `window` samples.
+    """Deal the samples to `batch_size` streams: shards in drawn order, cut into streams, each shuffled in windows.
 
-    A window is a run of whole shards' samples in that order; the larger it is the better the mixing, the
-    smaller it is the fewer shards a node touches. Without `shuffle` (scoring) the order is the manifest's.
+    Samples are shuffled within their shard before the cut, and after it within windows of `window` of a stream's
+    consecutive samples. Nothing is shuffled over the end of a stream, so the streams of a worker hold a contiguous
+    part of the shards: all workers together touch no more than shards + workers - 1. A stream has the shards of one
+    window in play at a time; the larger the window, the better samples mix over the steps, the more a cache must
+    hold (see `shard_uses`). Windows end at different steps in different streams, so that fetching is even.
+
+    Without `shuffle` (scoring) the order is the manifest's. `slots` (lo, hi) draws the streams of these slots alone,
+    and in their time: all other places of the plan's `order` are -1.
     """
     if batch_size < 1:
         raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
-    order = np.arange(len(samples), dtype=np.int64)
-    if shuffle:
-        order = np.argsort(draw64(seed, epoch, _SHARD_ORDER, samples.shard), kind="stable")
-        drawn = draw64(seed, epoch, _SAMPLE_ORDER, samples.index[order])
-        for start in range(0, len(order), window):
-            part = slice(start, start + window)
-            order[part] = order[part][np.argsort(drawn[part], kind="stable")]
+    if window < 1:
+        raise SettingsError(f"the shuffle window is {window} samples; it must be at least 1")
+    if not shuffle:
+        return EpochPlan(order=np.arange(len(samples), dtype=np.int64), batch_size=batch_size)
+    lo, hi = slots or (0, batch_size)
+    bounds = _stream_starts(len(samples), batch_size, np.arange(lo, hi + 1))
+    first, last = int(bounds[0]), int(bounds[-1])
+    order = np.full(len(samples), -1, dtype=np.int64)
+    order[first:last] = own = _by_shard(samples, first, last, seed, epoch)
+    drawn = draw64(seed, epoch, _WINDOW_ORDER, np.arange(first, last))
+    offsets = draw64(seed, epoch, _WINDOW_OFFSET, np.arange(lo, hi)) % np.uint64(window)
+    for start, end, offset in zip((bounds[:-1] - first).tolist(), (bounds[1:] - first).tolist(), offsets, strict=True):
+        for part, width in _windows(start, end, window, int(offset)):
+            places = _order_of(drawn[part].reshape(-1, width))
+            order[first:last][part] = np.take_along_axis(own[part].reshape(-1, width), places, axis=1).reshape(-1)
     return EpochPlan(order=order, batch_size=batch_size)
+
+
+def _stream_starts(count: int, batch_size: int, stream: np.ndarray) -> np.ndarray:
+    """int64: where each stream begins in the order of `count` samples; the first ones hold one sample more."""
+    full, rest = divmod(count, batch_size)
+    return stream * full + np.minimum(stream, rest)
+
+
+def _by_shard(samples: Samples, first: int, last: int, seed: int, epoch: int) -> np.ndarray:
+    """int64[last - first]: the samples of these places, shards in drawn order and each shuffled in itself."""
+    if first == last:
+        return np.zeros(0, np.int64)
+    starts = np.concatenate([[0], np.flatnonzero(samples.shard[1:] != samples.shard[:-1]) + 1])
+    sizes = np.diff(starts, append=len(samples))
+    shards = np.argsort(draw64(seed, epoch, _SHARD_ORDER, samples.shard[starts]), kind="stable")
+    ends = np.cumsum(sizes[shards])
+    parts, touched = [], slice(int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last, "left")) + 1)
+    for shard in shards[touched].tolist():
+        own = slice(int(starts[shard]), int(starts[shard] + sizes[shard]))
+        parts.append(own.start + _order_of(draw64(seed, epoch, _SAMPLE_ORDER, samples.index[own])))
+    begin = int(ends[touched.start] - sizes[shards[touched.start]])
+    return np.concatenate(parts)[first - begin : last - begin]
+
+
+def _windows(start: int, end: int, window: int, offset: int) -> Iterator[tuple[slice, int]]:
+    """(places, width of each window in them) of a stream: a short window first, whole ones, a short one last."""
+    if end - start <= window:
+        offset = 0
+    cuts = (start, start + offset, start + offset + (end - start - offset) // window * window, end)
+    for (low, high), width in zip(itertools.pairwise(cuts), (offset, window, end - cuts[2]), strict=True):
+        if low < high:
+            yield slice(low, high), width
+
+
+def _order_of(draws: np.ndarray) -> np.ndarray:
+    """int64[..., n]: the order of uint64[..., n] along the last axis.
+
+    The lowest bits of a draw give way to its place: no two are equal then, so that every sort, however fast and
+    unstable, ends in the same order on every machine.
+    """
+    places = np.arange(draws.shape[-1], dtype=np.uint64)
+    low = np.uint64((1 << (len(places) - 1).bit_length()) - 1)
+    return (np.sort((draws & ~low) | places, axis=-1) & low).astype(np.int64)
+
+
+def shard_uses(samples: Samples, plan: EpochPlan, slots: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(shard int32[u], first int64[u], last int64[u]): the shards that these slots read, and from which step to which.
+
+    By first step. A cache that holds all shards in play at any one step needs each shard of a bucket once an epoch.
+    """
+    bounds = _stream_starts(len(samples), plan.batch_size, np.arange(slots[0], slots[1] + 1))
+    shard = samples.shard[plan.order[bounds[0] : bounds[-1]]]
+    step = np.arange(len(shard)) - np.repeat(bounds[:-1] - bounds[0], np.diff(bounds))
+    used, place = np.unique(shard, return_inverse=True)
+    first, last = np.full(len(used), plan.steps, np.int64), np.full(len(used), -1, np.int64)
+    np.minimum.at(first, place, step)
+    np.maximum.at(last, place, step)
+    order = np.argsort(first, kind="stable")
+    return used[order], first[order], last[order]
 
 
 def worker_slots(batch_size: int, rank: int, workers: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paml.data.plan import EpochPlan, Samples, draw_flips, join, plan_epoch, worker_slots
+from paml.data.plan import EpochPlan, Samples, draw_flips, join, plan_epoch, shard_uses, worker_slots
 from paml.errors import SettingsError
 from paml.labels import LabelTable
 from paml.shards import Manifest
@@ -67,16 +67,47 @@ def test_the_order_is_a_pure_function_of_its_arguments(**drawn: int) -> None:
     np.testing.assert_array_equal(first, plan_of(**drawn).order)
 
 
-@given(window=st.integers(1, 60), seed=st.integers(0, 2**32), epoch=st.integers(0, 50))
-@settings(max_examples=40, deadline=None)
-def test_samples_stay_within_their_window_and_shards_stay_together(window: int, seed: int, epoch: int) -> None:
+@given(**sizes, workers=st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_a_worker_can_draw_its_streams_alone(workers: int, **drawn: int) -> None:
+    samples, batch = samples_of(drawn["count"], drawn["shards"]), drawn["batch"]
+    given_ = {name: drawn[name] for name in ("epoch", "seed", "window")}
+    whole = plan_epoch(samples, batch_size=batch, **given_)
+    for rank in range(workers):
+        own = worker_slots(batch, rank, workers)
+        part = plan_epoch(samples, batch_size=batch, **given_, slots=own)
+        assert part.steps == whole.steps
+        for step in range(whole.steps):
+            for one, other in zip(part.batch(step, own), whole.batch(step, own), strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+@given(window=st.integers(1, 60), seed=st.integers(0, 2**32), epoch=st.integers(0, 50), batch=st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_streams_are_cut_from_whole_shards_and_shuffled_in_windows(
+    window: int, seed: int, epoch: int, batch: int
+) -> None:
     samples = samples_of(120, 6)
-    order = plan_of(120, 7, epoch, seed, window, shards=6).order
-    unshuffled = plan_epoch(samples, batch_size=7, epoch=epoch, seed=seed, window=1).order
-    np.testing.assert_array_equal(np.diff(np.flatnonzero(np.diff(samples.shard[unshuffled]))), np.full(4, 20))
-    for start in range(0, 120, window):
-        part = slice(start, start + window)
-        assert set(order[part]) == set(unshuffled[part])
+    drawn = {"batch_size": batch, "epoch": epoch, "seed": seed}
+    order = plan_epoch(samples, **drawn, window=window).order
+    before = plan_epoch(samples, **drawn, window=1).order
+    # Before the windows are shuffled shards stand together, in any order, and shuffled in themselves.
+    assert (samples.shard[before[::20]] == samples.shard[before].reshape(6, 20).T).all()
+    moved = np.argsort(before)[order]
+    bounds = np.cumsum([0, *(len(part) for part in np.array_split(np.arange(120), batch))])
+    for start, end in itertools.pairwise(bounds.tolist()):
+        assert sorted(moved[start:end]) == list(range(start, end))  # nothing leaves its stream
+        assert (np.abs(moved[start:end] - np.arange(start, end)) < window).all()
+        blocks = [place for place in range(start, end + 1) if sorted(moved[start:place]) == list(range(start, place))]
+        assert (np.diff(blocks) <= window).all()  # nor its window
+
+
+def test_within_a_shard_the_order_is_drawn_anew_each_epoch() -> None:
+    """With one shard and as many streams as samples the batch itself is the order."""
+    places = np.array([plan_of(60, 60, epoch, window=1, shards=1).order for epoch in range(400)])
+    # Each sample stands in each place as often, but for chance: the mean over 400 epochs.
+    assert abs(places.mean(axis=0) - 29.5).max() < 5 * np.sqrt((60**2 - 1) / 12 / 400)
+    assert len({tuple(order) for order in places.tolist()}) == 400
 
 
 def test_the_order_differs_between_epochs_and_seeds_and_is_the_manifests_without_shuffling() -> None:
@@ -87,18 +118,60 @@ def test_the_order_differs_between_epochs_and_seeds_and_is_the_manifests_without
     np.testing.assert_array_equal(plain.order, np.arange(50))
 
 
-def test_a_stream_is_a_contiguous_run_so_that_a_worker_touches_few_shards() -> None:
-    samples = samples_of(4000, 40)
-    plan = plan_epoch(samples, batch_size=32, epoch=1, seed=0, window=200)
-    first, last = worker_slots(32, 1, 4)
-    mine = np.concatenate([plan.batch(step, (first, last))[1] for step in range(plan.steps)])
-    assert len(mine) == 1000
-    assert len(np.unique(samples.shard[mine])) <= 14
+@given(workers=st.integers(1, 12), **sizes)
+@settings(max_examples=60, deadline=None)
+def test_a_node_reads_its_part_of_the_shards_alone(workers: int, **drawn: int) -> None:
+    """However large the window: over all workers a shard more for every border between two, at most."""
+    samples, plan, batch = samples_of(drawn["count"], drawn["shards"]), plan_of(**drawn), drawn["batch"]
+    own = [worker_slots(batch, rank, workers) for rank in range(workers)]
+    read = [shard_uses(samples, plan, slots)[0] for slots in own]
+    assert sum(len(shards) for shards in read) <= len(np.unique(samples.shard)) + workers - 1
+    for slots, shards in zip(own, read, strict=True):
+        mine = np.concatenate([plan.batch(step, slots)[1] for step in range(plan.steps)])
+        assert set(shards) == set(samples.shard[mine])
+
+
+@given(**sizes, data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_uses_of_shards_are_those_of_the_batches(data: st.DataObject, **drawn: int) -> None:
+    samples, plan, batch = samples_of(drawn["count"], drawn["shards"]), plan_of(**drawn), drawn["batch"]
+    lo = data.draw(st.integers(0, batch))
+    hi = data.draw(st.integers(lo, batch))
+    steps: dict[int, list[int]] = {}
+    for step in range(plan.steps):
+        for sample in plan.batch(step, (lo, hi))[1]:
+            steps.setdefault(int(samples.shard[sample]), []).append(step)
+    shard, first, last = shard_uses(samples, plan, (lo, hi))
+    assert {int(s): (int(f), int(t)) for s, f, t in zip(shard, first, last, strict=True)} == {
+        s: (min(at), max(at)) for s, at in steps.items()
+    }
+    assert (np.diff(first) >= 0).all()
+
+
+def test_a_small_window_keeps_few_shards_in_play() -> None:
+    samples = samples_of(40_000, 400)  # 100 a shard, 5,000 a stream
+    for window, most in ((100, 3), (500, 7)):
+        plan = plan_epoch(samples, batch_size=8, epoch=1, seed=0, window=window)
+        _, first, last = shard_uses(samples, plan, (0, 8))
+        in_play = max(((first <= step) & (last >= step)).sum() for step in range(plan.steps))
+        assert in_play <= 8 * most
+
+
+def test_windows_of_streams_end_at_different_steps() -> None:
+    samples = samples_of(64_000, 6400)
+    plan = plan_epoch(samples, batch_size=64, epoch=1, seed=0, window=200)
+    _, first, _ = shard_uses(samples, plan, (0, 64))
+    begun = np.bincount(first[first > 0], minlength=plan.steps)
+    assert begun.max() < 10 * begun.mean()
 
 
 def test_the_plan_is_fixed_for_ever() -> None:
     """A checkpoint of today must go on with the same batches under a later version."""
-    assert plan_of(12, 4, window=6, shards=3).order.tolist() == [4, 9, 5, 6, 7, 8, 10, 2, 0, 3, 11, 1]
+    assert plan_of(24, 3, window=5, shards=3).order.tolist() == [
+        *(14, 15, 10, 9, 12, 8, 11, 13),
+        *(16, 18, 19, 23, 21, 20, 17, 22),
+        *(4, 6, 2, 3, 5, 0, 1, 7),
+    ]
     assert np.flatnonzero(draw_flips(0, 1, np.arange(16), 0.5)).tolist() == [2, 8, 9, 11, 12, 15]
 
 
@@ -148,6 +221,11 @@ def test_a_table_of_other_images_is_refused(prepared, tmp_path) -> None:
 def test_a_batch_of_no_slots_is_refused() -> None:
     with pytest.raises(SettingsError, match="batch_size is 0"):
         plan_of(batch=0)
+
+
+def test_a_window_of_no_samples_is_refused() -> None:
+    with pytest.raises(SettingsError, match="window is 0 samples"):
+        plan_of(window=0)
 
 
 def test_steps_count_a_short_last_batch() -> None:
