@@ -95,6 +95,8 @@ class Outcome:
     """Images that were not delivered without an error that names them."""
     lost_beyond: int
     """Images that were not delivered though their bytes are as they were."""
+    kept_back: int
+    """Images that were not delivered."""
 
 
 def prepare(folder: Path, *, images: int = 288, per_shard: int = 8, size: int = 32) -> Prepared:
@@ -430,7 +432,7 @@ def judge(prepared: Prepared, fault: Fault) -> Outcome:
         except DataError:
             manifest = None
         if manifest is None or table is None:
-            return Outcome(found, exact, True, 0, 0, 0)
+            return Outcome(found, exact, True, 0, 0, 0, 0)
         delivered, errors, wrong = _read_all(prepared, manifest, table)
         missing = set(prepared.images) - delivered
         return Outcome(
@@ -440,6 +442,7 @@ def judge(prepared: Prepared, fault: Fault) -> Outcome:
             wrong=wrong,
             unnamed=len(missing - errors),
             lost_beyond=len(missing - fault.hurt),
+            kept_back=len(missing),
         )
 
 
@@ -487,6 +490,7 @@ class Row:
     wrong: int = 0
     unnamed: int = 0
     lost_beyond: int = 0
+    kept_back: int = 0
 
 
 def judge_all(prepared: Prepared, faults: Sequence[Fault]) -> tuple[dict[str, Row], list[str]]:
@@ -505,7 +509,8 @@ def judge_all(prepared: Prepared, faults: Sequence[Fault]) -> tuple[dict[str, Ro
 
 def report(table: Mapping[str, Row]) -> str:
     """As a Markdown table."""
-    columns = ("injected", "found", "named", "refused", "wrong pixels or labels", "unnamed", "lost beyond the damaged")
+    columns = ("injected", "found", "named", "refused", "wrong pixels or labels", "unnamed")
+    columns += ("lost beyond the damaged", "images kept back")
     lines = ["| fault | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     total = Row()
     for kind, row in [*table.items(), ("all", total)]:
