@@ -1,24 +1,25 @@
-"""Batches of one worker: planned slots are read by offset, decoded by threads into one uint8 buffer, labelled.
+"""Batches of one worker: planned slots are read by offset, decoded in place into one uint8 buffer, labelled.
 
-Decoders release the GIL, so threads fill a batch in place without the copies that worker processes need.
+Threads decode by default, since libjpeg-turbo works without the interpreter's lock (benchmarks/loader.py measures
+both); processes are for decoders that hold it.
 """
 
 import collections
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from paml.data.decode import UndecodableError, decode_into
+from paml.data.decoders import Decoders, Filling, ProcessDecoders, ThreadDecoders
 from paml.data.plan import EpochPlan, Samples, draw_flips
 from paml.errors import DataError
 from paml.labels.overlay import LabelOverlay
 from paml.labels.probe import split_probe
 from paml.labels.table import LabelTable, Triples
-from paml.shards.reader import CorruptSample, ShardReader
+from paml.shards.cache import Traffic
+from paml.shards.reader import FetchAhead, ShardReader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,12 @@ def lookup_known(table: LabelTable, rows: np.ndarray, *, probe: float = 0.0, see
 
 
 class Loader:
-    """Iterates over a worker's share of one epoch's global batches, from `start` on."""
+    """Iterates over a worker's share of one epoch's global batches, from `start` on.
+
+    `processes` decode, or where it is 0, `threads` of this process; both give the same batches. A batch's memory
+    is used again once neither it nor a part of it is referred to. With `pin` threads decode into memory of torch's
+    pinned allocator, which gives it again only when the copies to the device that read it are done.
+    """
 
     def __init__(
         self,
@@ -120,62 +126,70 @@ class Loader:
         seed: int = 0,
         flip: float = 0.0,
         threads: int | None = None,
+        processes: int = 0,
         prefetch: int = 3,
+        shards_ahead: int = 4,
         max_bad_share: float = 0.0,
         pin: bool = False,
     ) -> None:
         self.reader, self.samples, self.labels, self.plan, self.slots = reader, samples, labels, plan, slots
         self.image_size, self.epoch, self.start, self.seed, self.flip = image_size, epoch, start, seed, flip
         self.threads = threads or max(1, int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+        self.processes, self.shards_ahead = processes, shards_ahead
         self.prefetch, self.max_bad_share, self.pin = prefetch, max_bad_share, pin
         self.bad: list[BadSample] = []
+        self.traffic = Traffic()
+        """What was read from a bucket; complete when the iteration has ended."""
 
     def __len__(self) -> int:
         return self.plan.steps - self.start
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises DataError once the share of bad samples passes `max_bad_share`."""
-        decoders = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-        waiting: collections.deque[tuple[int, np.ndarray, np.ndarray, torch.Tensor, list[Future]]]
-        waiting = collections.deque()
+        """Raises DataError once the share of bad samples passes `max_bad_share`; StorageError, LoaderProcessError."""
+        decoders = self._decoders()
+        needs = _Needs(self)
+        waiting: collections.deque[tuple[int, np.ndarray, np.ndarray, torch.Tensor, Filling]] = collections.deque()
         try:
             for step in range(self.start, self.plan.steps + self.prefetch):
                 if step < self.plan.steps:
                     slots, chosen = self.plan.batch(step, self.slots)
-                    pixels = self._buffer(len(chosen))
-                    ahead = [
-                        decoders.submit(self._decode, sample, pixels[place]) for place, sample in enumerate(chosen)
-                    ]
-                    waiting.append((step, slots, chosen, pixels, ahead))
+                    needs.reached(step)
+                    waiting.append((step, slots, chosen, *self._fill(decoders, self.samples.index[chosen])))
                 if len(waiting) > self.prefetch or (step >= self.plan.steps and waiting):
-                    yield self._finish(*waiting.popleft())
+                    batch = self._finish(*waiting.popleft())
+                    decoders.release(needs.done_after(batch.step))
+                    yield batch
+                    del batch  # or its memory could not be used again while the next ones are made
         finally:
-            decoders.shutdown(wait=True, cancel_futures=True)
+            needs.close()
+            decoders.close()
+            self.traffic.add(decoders.traffic())
 
-    def _buffer(self, images: int) -> torch.Tensor:
-        shape = (images, self.image_size, self.image_size, 3)
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin)
+    def _decoders(self) -> Decoders:
+        shape = (self.slots[1] - self.slots[0], self.image_size, self.image_size, 3)
+        keep = self.prefetch + 2
+        if self.processes:
+            return ProcessDecoders(self.reader, shape, self.processes, keep=keep)
+        return ThreadDecoders(self.reader, shape, self.threads, keep=keep)
 
-    def _decode(self, sample: int, out: torch.Tensor) -> BadSample | None:
-        index = int(self.samples.index[sample])
-        try:
-            decode_into(self.reader.read(index), out)
-        except (UndecodableError, CorruptSample) as error:
-            return BadSample(self.reader.manifest.key(index), str(error))
-        return None
+    def _fill(self, decoders: Decoders, index: np.ndarray) -> tuple[torch.Tensor, Filling]:
+        if self.pin and not self.processes:
+            shape = (len(index), self.image_size, self.image_size, 3)
+            pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            return pixels, decoders.fill(index, pixels.numpy())
+        filling = decoders.fill(index)
+        return torch.from_numpy(filling.pixels), filling
 
     def _finish(
-        self,
-        step: int,
-        slots: np.ndarray,
-        chosen: np.ndarray,
-        pixels: torch.Tensor,
-        ahead: list[Future],
+        self, step: int, slots: np.ndarray, chosen: np.ndarray, pixels: torch.Tensor, filling: Filling
     ) -> Batch:
-        outcomes: list[BadSample | None] = [future.result() for future in ahead]
-        bad = tuple(outcome for outcome in outcomes if outcome is not None)
+        faults = dict(filling.faults())
+        key = self.reader.manifest.key
+        bad = tuple(
+            BadSample(key(int(self.samples.index[chosen[place]])), reason) for place, reason in sorted(faults.items())
+        )
         if bad:
-            good = np.flatnonzero([outcome is None for outcome in outcomes])
+            good = np.array([place for place in range(len(chosen)) if place not in faults], dtype=np.int64)
             slots, chosen, pixels = slots[good], chosen[good], pixels[torch.from_numpy(good)]
             self._refuse_too_many(bad)
         index, source = self.samples.index[chosen], self.labels
@@ -192,7 +206,7 @@ class Loader:
             flips=torch.from_numpy(flips),
             slots=torch.from_numpy(slots),
             index=index,
-            keys=lambda: [self.reader.manifest.key(int(place)) for place in index],
+            keys=lambda: [key(int(place)) for place in index],
             labels=LabelTriples.of(kept),
             probe=LabelTriples.of(hidden),
             truth=truth,
@@ -210,3 +224,35 @@ class Loader:
                 f"{self.max_bad_share} allows ({allowed:.1f} for this worker): {named}. "
                 "Mend or re-make the shards (jobs/prepare_openimages.py checks them), or raise the share."
             )
+
+
+class _Needs:
+    """From which step to which each shard of a bucket is needed: fetched ahead of the first, let go at the last."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._ahead: FetchAhead | None = None
+        self._last: dict[int, list[int]] = {}
+        reader, steps = loader.reader, range(loader.start, loader.plan.steps)
+        if not any(reader.is_remote(shard) for shard in range(len(reader.manifest.shards))):
+            return
+        parts = [loader.samples.shard[loader.plan.batch(step, loader.slots)[1]] for step in steps]
+        shards = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        at = np.repeat(np.arange(steps.start, steps.stop), [len(part) for part in parts])
+        needed, place = np.unique(shards, return_index=True)
+        last = at[len(shards) - 1 - np.unique(shards[::-1], return_index=True)[1]]
+        for shard, step in zip(needed.tolist(), last.tolist(), strict=True):
+            self._last.setdefault(step, []).append(shard)
+        order = np.argsort(place, kind="stable")
+        self._ahead = FetchAhead(reader, needed[order].tolist(), at[place[order]].tolist(), ahead=loader.shards_ahead)
+
+    def reached(self, step: int) -> None:
+        if self._ahead is not None:
+            self._ahead.reached(step)
+
+    def done_after(self, step: int) -> list[int]:
+        """The shards that no later step needs."""
+        return self._last.pop(step, [])
+
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()

@@ -34,8 +34,16 @@ class DataSettings:
     """Share of the observed training labels hidden to estimate the rejection's recall, 0 to below 1."""
     decode_threads: int | None = None
     """Decoding threads of each worker; null takes the CPUs that the worker has."""
+    loader_processes: int = 0
+    """Decoding processes of each worker; 0 decodes in threads, which is faster (benchmarks/loader.py)."""
     prefetch: int = 3
     """Batches decoded ahead of the step."""
+    cache_dir: str | None = None
+    """Folder for shards of a bucket, shared by all processes of a node; null takes $PAML_CACHE or ~/.cache/paml."""
+    cache_gb: float | None = None
+    """Bound of that folder in GB (1e9 bytes); null takes 80 % of the room that its disk has."""
+    shards_ahead: int = 4
+    """Shards of a bucket fetched by each worker before they are needed."""
     max_bad_share: float = 0.001
     """A run stops once more than this share of a worker's images of an epoch cannot be used."""
 
@@ -46,7 +54,11 @@ class DataSettings:
                 raise SettingsError(f"data.{name} is {value}; it must lie between {low} and {high}")
         if self.images not in ("observed", "positive", "all"):
             raise SettingsError(f"data.images is {self.images!r}; it must be observed, positive or all")
-        for name in ("shuffle_window", "prefetch", "decode_threads", "image_size"):
+        for name in ("shuffle_window", "prefetch", "decode_threads", "image_size", "shards_ahead"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"data.{name} is {value}; it must be at least 1")
+        for name in ("loader_processes", "cache_gb"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise SettingsError(f"data.{name} is {value}; it must be at least 0")

@@ -1,6 +1,7 @@
 """The data of a run: manifests and label tables of its splits, joined once, and loaders over them."""
 
 import dataclasses
+import os
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from paml.data.settings import DataSettings
 from paml.errors import DataError, SettingsError
 from paml.labels.overlay import LabelOverlay
 from paml.labels.table import LabelTable
+from paml.shards.cache import ShardCache
 from paml.shards.manifest import Manifest
 from paml.shards.reader import ShardReader
 from paml.training.settings import TrainSettings
@@ -158,8 +160,10 @@ def _loader(
     start: int,
     flip: float,
 ) -> Loader:
+    data = settings.data
+    limit = None if data.cache_gb is None else int(data.cache_gb * 1e9)
     return Loader(
-        reader=ShardReader(split.manifest),
+        reader=ShardReader(split.manifest, ShardCache(data.cache_dir, limit)),
         samples=split.samples,
         labels=labels,
         plan=plan,
@@ -169,8 +173,19 @@ def _loader(
         start=start,
         seed=settings.seed,
         flip=flip,
-        threads=settings.data.decode_threads,
-        prefetch=settings.data.prefetch,
-        max_bad_share=settings.data.max_bad_share,
+        threads=data.decode_threads,
+        processes=data.loader_processes,
+        prefetch=data.prefetch,
+        shards_ahead=_ahead(data, split.manifest, limit),
+        max_bad_share=data.max_bad_share,
         pin=world.device.type == "cuda",
     )
+
+
+def _ahead(settings: DataSettings, manifest: Manifest, limit: int | None) -> int:
+    """Shards to fetch ahead: no more than fill a quarter of the cache, over all workers of a node."""
+    if limit is None:
+        return settings.shards_ahead
+    workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    largest = max((shard.bytes for shard in manifest.shards), default=1)
+    return max(1, min(settings.shards_ahead, limit // (4 * workers * max(1, largest))))

@@ -4,11 +4,11 @@ import io
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from paml.data import decode
@@ -98,24 +98,51 @@ def test_what_is_damaged_is_refused_with_a_reason(data: bytes, reason: str) -> N
 @pytest.mark.parametrize(("width", "height"), [(56, 40), (200, 150), (33, 90), (24, 24)])
 def test_resizing_is_pils_antialiased_bilinear_within_one_grey_level(width: int, height: int) -> None:
     stored = scene(width, height)
-    wanted = np.asarray(stored.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
-    out = torch.zeros(32, 32, 3, dtype=torch.uint8)
-    decode_into(encoded(stored, "PNG"), out)
-    assert np.abs(out.numpy().astype(int) - wanted).max() <= 1
+    for kind, options in (("PNG", {}), ("JPEG", {"quality": 92})):
+        data = encoded(stored, kind, **options)
+        picture = Image.open(io.BytesIO(data)).convert("RGB")
+        wanted = np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR)).astype(int)
+        out = np.zeros((32, 32, 3), dtype=np.uint8)
+        decode_into(data, out)
+        assert np.abs(out.astype(int) - wanted).max() <= (1 if kind == "PNG" else LOSSY)
 
 
 def test_a_picture_of_the_right_size_is_not_touched() -> None:
-    out = torch.zeros(32, 32, 3, dtype=torch.uint8)
-    decode_into(encoded(scene(32, 32), "PNG"), out)
-    np.testing.assert_array_equal(out.numpy(), np.asarray(scene(32, 32)))
+    for data in (encoded(scene(32, 32), "PNG"), encoded(scene(32, 32), quality=92)):
+        out = np.zeros((32, 32, 3), dtype=np.uint8)
+        decode_into(data, out)
+        np.testing.assert_array_equal(out, decode_rgb(data))
+    np.testing.assert_array_equal(decode_rgb(encoded(scene(32, 32), "PNG")), np.asarray(scene(32, 32)))
 
 
-def test_a_batch_is_filled_in_place_and_nothing_beside_it() -> None:
-    batch = torch.full((3, 32, 32, 3), 7, dtype=torch.uint8)
-    decode_into(PICTURES["baseline"], batch[1])
+@pytest.mark.parametrize("data", [PICTURES["baseline"], encoded(scene(32, 32), quality=92)], ids=["other size", "same"])
+def test_a_batch_is_filled_in_place_and_nothing_beside_it(data: bytes) -> None:
+    batch = np.full((3, 32, 32, 3), 7, dtype=np.uint8)
+    decode_into(data, batch[1])
     assert (batch[0] == 7).all()
     assert (batch[2] == 7).all()
     assert not (batch[1] == 7).all()
+
+
+def test_pictures_do_not_share_the_memory_that_decoding_uses() -> None:
+    first = decode_rgb(PICTURES["baseline"])
+    kept = first.copy()
+    decode_rgb(PICTURES["4:4:4"])
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_threads_decode_the_same() -> None:
+    names = [name for name in PICTURES for _ in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda name: decode_rgb(PICTURES[name]), names))
+    for name, pixels in zip(names, found, strict=True):
+        np.testing.assert_array_equal(pixels, decode_rgb(PICTURES[name]))
+
+
+def test_pictures_of_the_training_size_need_no_torch() -> None:
+    """Or a loader process would take seconds to start."""
+    code = "import sys, paml.data.decoders; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
 
 
 WITHOUT_TURBO = """

@@ -7,7 +7,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ from paml.errors import DataError
 from paml.labels import NEGATIVE, POSITIVE, UNOBSERVED, LabelTable, is_probe
 from paml.labels.overlay import LabelOverlay
 from paml.shards import Manifest, ShardReader
+from paml.shards.manifest import make_batch, write_manifest
 from tests.helpers.prepared import CLASSES, SIZE, key_of, true_classes
 
 K = len(CLASSES)
@@ -145,15 +145,12 @@ def damaged(prepared: Path, tmp_path: Path) -> tuple[Path, dict[str, str]]:
             data[begin + size // 2 : begin + size] = bytes(size - size // 2)
         path.write_bytes(data)
     names = manifest.key(flipped), manifest.key(cut)
-    with pa.OSFile(str(folder / "manifest.arrow")) as file:
-        batch = pa.ipc.open_file(file).get_batch(0)
-    crc = batch.column("crc32").to_pylist()
+    crc = np.array(manifest.crc32)
     cut_bytes = Path(manifest.shard_path(int(manifest.shard[cut]))).read_bytes()
     crc[cut] = zlib.crc32(cut_bytes[int(manifest.offset[cut]) :][: int(manifest.size[cut])])
-    place = batch.schema.get_field_index("crc32")
-    changed = batch.set_column(place, batch.schema.field(place), pa.array(crc, batch.schema.field(place).type))
-    with pa.OSFile(str(folder / "manifest.arrow"), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(changed)
+    columns = {name: getattr(manifest, name) for name in ("shard", "offset", "size", "width", "height")}
+    batch = make_batch(keys=manifest.keys(), crc32=crc, **columns)
+    write_manifest(str(folder), batch, manifest.shards, settings=manifest.settings, report=manifest.report)
     return tmp_path / "copy", {names[0]: "CRC-32", names[1]: "truncated|broken|cannot load"}
 
 
