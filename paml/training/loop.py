@@ -5,6 +5,7 @@ What is computed depends on the settings and the data alone. Figures go to the j
 
 import dataclasses
 import math
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from paml.errors import NonFiniteLossError, SettingsError
 from paml.losses import LOSSES, check_reject_rate
 from paml.metrics import Scores, scores
 from paml.models.cam import CamClassifier, build_model, set_training
+from paml.shards.cache import Traffic
 from paml.training.checkpoint import (
     Checkpoint,
     checkpoint_name,
@@ -139,9 +141,9 @@ def train(settings: TrainSettings, world: World, watcher: Watcher) -> Result:
 
     while state.epoch <= settings.epochs and not _patience_over(state):
         started, begun_at = time.monotonic(), state.step
-        _train_epoch(state, data, run_folder, share, watcher)
+        traffic = _train_epoch(state, data, run_folder, share, watcher)
         seconds = time.monotonic() - started
-        figures = _epoch_figures(state, data, seconds, begun_at)
+        figures = _epoch_figures(state, data, seconds, begun_at) | _traffic_figures(state.world, traffic)
         scored = _score(state, data.validation, data, watcher, f"epoch {state.epoch} validation")
         figures |= _score_figures(scored, "val", "groups")
         if world.first and watcher.journal is not None:
@@ -224,7 +226,7 @@ def _unobserved_positives(split: Split, validation: Split) -> float:
     return max(0.0, float(full.class_counts()[0].sum() / max(1, full.num_images) - observed))
 
 
-def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float, watcher: Watcher) -> None:
+def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float, watcher: Watcher) -> Traffic:
     settings = state.settings
     set_training(state.model, settings.model)
     state.network.training = True
@@ -246,6 +248,25 @@ def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float
     settle_waiting(state)
     share_corrections(state)
     _name_bad(state, loader, f"epoch {state.epoch}", watcher)
+    return loader.traffic
+
+
+def _traffic_figures(world: World, traffic: Traffic) -> dict[str, float]:
+    """What the epoch read from a bucket, over all workers and by the node that read most; nothing of local shards."""
+    found = world.gather_objects((platform.node(), dataclasses.astuple(traffic)))
+    total, by_node = np.zeros(4), dict[str, float]()
+    for node, own in found:
+        total += own
+        by_node[node] = by_node.get(node, 0.0) + own[0]
+    if not total.any():
+        return {}
+    return {
+        "data/gb_from_bucket": total[0] / 1e9,
+        "data/gb_from_bucket_largest_node": max(by_node.values()) / 1e9,
+        "data/cache_hits": total[1],
+        "data/cache_misses": total[2],
+        "data/images_past_cache": total[3],
+    }
 
 
 def _name_bad(state: TrainState, loader: Loader, title: str, watcher: Watcher) -> None:

@@ -118,7 +118,11 @@ MAY_DIFFER = (
     "data.root",
     "model.weights",
     "data.decode_threads",
+    "data.loader_processes",
     "data.prefetch",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.shards_ahead",
     "patience",
 )
 """Settings that a resumed run may change: where things lie and who computes them, never what is computed."""
@@ -133,6 +137,9 @@ def at_absolute_paths(settings: TrainSettings, base: str) -> TrainSettings:
     weights = settings.model.weights
     if weights is not None and weights != "imagenet":
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, weights=fixed(weights)))
+    if settings.data.cache_dir is not None:
+        data = dataclasses.replace(settings.data, cache_dir=fixed(settings.data.cache_dir))
+        settings = dataclasses.replace(settings, data=data)
     return dataclasses.replace(
         settings,
         run=dataclasses.replace(settings.run, storage=fixed(settings.run.storage)),
