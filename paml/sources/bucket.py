@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from paml import storage
 from paml.sources.fetch import THREADS, read_ahead, read_object
-from paml.sources.parts import Part, Payload, cut, mark_of
+from paml.sources.parts import Part, Payload, mark_of, starts
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ def bucket_parts(
     if threads < 1:
         raise ValueError(f"threads is {threads}; at least 1 must read: set {THREADS}")
     folder = storage.join(prefix, split)
+    wanted = sorted(set(keys))
     parts: list[Part] = []
-    for number, run in enumerate(cut(sorted(set(keys)), per_part)):
-        mark = mark_of([folder, suffix, *run])
-        parts.append(BucketPart(f"keys-{number:06d}-{mark}", folder, tuple(run), suffix, threads))
+    for number, start in enumerate(starts(len(wanted), per_part)):
+        run = tuple(wanted[start : start + per_part])
+        parts.append(BucketPart(f"keys-{number:06d}-{mark_of([folder, suffix, *run])}", folder, run, suffix, threads))
     return parts

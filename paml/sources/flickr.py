@@ -23,7 +23,7 @@ import pyarrow.csv as pacsv
 from paml import storage
 from paml.errors import DataError, SettingsError
 from paml.sources.fetch import read_ahead, wait_seconds
-from paml.sources.parts import Part, Payload, mark_of
+from paml.sources.parts import Part, Payload, mark_of, starts
 from paml.sources.web import LATER, USER_AGENT, Unreachable, opened, pieces, retry_after_seconds
 from paml.storage import StorageError
 
@@ -109,11 +109,9 @@ def flickr_parts(
     with other columns; a part raises StorageError where servers are down altogether or ask for a long wait.
     """
     settings = settings or FlickrSettings()
-    if per_part < 1:
-        raise ValueError(f"per_part is {per_part}; a part holds at least 1 image: set 500")
     table = _read_rows(images_csv, None if wanted_keys is None else pa.array(sorted(set(wanted_keys)), pa.string()))
     parts: list[Part] = []
-    for number, start in enumerate(range(0, table.num_rows, per_part)):
+    for number, start in enumerate(starts(table.num_rows, per_part)):
         rows = table.slice(start, per_part).combine_chunks()
         sink = io.BytesIO()
         with pa.ipc.new_stream(sink, rows.schema) as writer:

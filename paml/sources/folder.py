@@ -8,7 +8,7 @@ from typing import Literal
 from paml import storage
 from paml.errors import DataError
 from paml.sources.fetch import read_ahead, read_object
-from paml.sources.parts import Part, Payload, cut, mark_of
+from paml.sources.parts import Part, Payload, mark_of, starts
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".ppm", ".pgm")
@@ -67,7 +67,8 @@ def folder_parts(folder: str | os.PathLike[str], per_part: int = 2000, *, keys: 
     if not found:
         raise DataError(f"{root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}): name the folder of the images")
     parts: list[Part] = []
-    for number, run in enumerate(cut(found, per_part)):
+    for number, start in enumerate(starts(len(found), per_part)):
+        run = found[start : start + per_part]
         mark = mark_of(f"{name} {size}" for name, size in run)
         files = tuple((key_of(name, keys), name) for name, _ in run)
         parts.append(FolderPart(f"files-{number:06d}-{mark}", root, files, sum(size for _, size in run)))
@@ -76,10 +77,11 @@ def folder_parts(folder: str | os.PathLike[str], per_part: int = 2000, *, keys: 
 
 def file_parts(folder: str, files: Sequence[tuple[str, str]], per_part: int = 2000) -> list[Part]:
     """Files that are known by name, (key, path below `folder`) each: nothing is listed."""
-    return [
-        FolderPart(f"files-{number:06d}-{mark_of(name for _, name in run)}", folder, tuple(run), None)
-        for number, run in enumerate(cut(files, per_part))
-    ]
+    parts: list[Part] = []
+    for number, start in enumerate(starts(len(files), per_part)):
+        run = tuple(files[start : start + per_part])
+        parts.append(FolderPart(f"files-{number:06d}-{mark_of(name for _, name in run)}", folder, run, None))
+    return parts
 
 
 def iter_folder(folder: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:

@@ -8,10 +8,8 @@ exception in the image's place, so that it ends among the rejects with its reaso
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
-
-T = TypeVar("T")
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 Payload = bytes | str | os.PathLike[str] | Exception
 """An image's bytes, or the path of its file (local or remote), or why the source could not read it."""
@@ -43,19 +41,16 @@ class Part(Protocol):
         ...
 
 
-def cut(items: Sequence[T], per_part: int) -> list[Sequence[T]]:
-    """The items in runs of `per_part`, the last one shorter."""
+def starts(count: int, per_part: int) -> range:
+    """Where each part of `per_part` of `count` images begins. Raises ValueError for empty parts."""
     if per_part < 1:
         raise ValueError(f"per_part is {per_part}; a part holds at least 1 image: set 2000")
-    return [items[start : start + per_part] for start in range(0, len(items), per_part)]
+    return range(0, count, per_part)
 
 
 def mark_of(texts: Iterable[str]) -> str:
     """12 hex digits that tell one list of texts from another."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()[:12]
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
 def read_parts(parts: Iterable[Part]) -> Iterator[tuple[str, Payload]]:

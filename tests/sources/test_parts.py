@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import os
 import pickle
 import threading
@@ -20,6 +21,7 @@ from paml.sources.parts import Part, read_parts
 from paml.sources.tars import TarDamage, tar_parts
 from paml.storage import StorageError
 from tests.helpers.fault_proxy import faulty_s3
+from tests.sources.server import Server
 from tests.sources.test_tars import make_tar
 
 
@@ -132,6 +134,39 @@ def test_an_absent_bucket_is_an_error_not_a_missing_image(s3: str) -> None:
     (part,) = bucket_parts("s3://nowhere/images", [key(1)], "train")
     with pytest.raises(StorageError, match="no such bucket"):
         list(part)
+
+
+@pytest.mark.parametrize("access", ["anonymous", "signed", "role"])
+def test_a_bucket_is_read_with_the_keys_at_hand(
+    access: str, web: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without keys nothing is signed; those of the environment or of the machine's role are used where there are."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", web.url)
+    if access == "signed":
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key-of-mine")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    if access == "role":
+        keys = {
+            "AccessKeyId": "key-of-role",
+            "SecretAccessKey": "s",
+            "Token": "t",
+            "Expiration": "2100-01-01T00:00:00Z",
+        }
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", web.put("/role", json.dumps(keys).encode()))
+    web.put(f"/open-images/train/{key(1)}.jpg", body(1))
+    assert list(read_parts(bucket_parts("s3://open-images", [key(1)], "train"))) == [(key(1), body(1))]
+    headers = web.seen[-1][2]
+    assert web.seen[-1][1].startswith("/open-images/train/")
+    if access == "anonymous":
+        assert "Authorization" not in headers
+    else:
+        assert {"signed": "key-of-mine", "role": "key-of-role"}[access] in headers["Authorization"]
+        assert ("X-Amz-Security-Token" in headers) == (access == "role")
 
 
 def test_reading_outlasts_a_server_that_often_fails(monkeypatch: pytest.MonkeyPatch) -> None:
