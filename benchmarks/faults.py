@@ -66,7 +66,7 @@ def read_stock(prepared: Prepared, fault: Fault, truth: dict[str, np.ndarray], c
     wrong, raised = 0, False
     with Injected(prepared, fault):
         try:
-            for key, picture in stock([str(prepared.path(name)) for name in names]):
+            for key, picture in stock([prepared.path(name) for name in names]):
                 delivered.append(key)
                 wrong += key not in truth or not np.array_equal(np.asarray(picture), truth[key])
         except Exception:  # whatever it says, it has said something

@@ -3,12 +3,14 @@
 The long run over thousands of each kind is tests/soak/test_faults.py.
 """
 
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from paml.shards import CorruptSample, Manifest, ShardReader
-from tests.helpers.faults import KINDS, Prepared, draw_faults, judge_all, prepare, report
+from tests.helpers.faults import KINDS, Prepared, draw_faults, in_bucket, judge, judge_all, prepare, report
 from tests.shards.images import flip_byte
 
 
@@ -49,6 +51,42 @@ class Blind(int):
         return False
 
     __hash__ = int.__hash__
+
+
+def test_a_shard_that_is_cut_while_it_is_open_loses_what_was_cut_and_nobody_dies(prepared: Prepared) -> None:
+    manifest = Manifest.open(prepared.folder)
+    shard = int(np.argmax(np.bincount(manifest.shard)))
+    rows = manifest.rows_of_shard(shard)
+    path = Path(manifest.shard_path(shard))
+    middle = (rows.start + rows.stop) // 2
+    before, cut = path.read_bytes(), int(manifest.offset[middle])
+    reader = ShardReader(manifest)
+    reader.read(rows.start)
+    os.truncate(path, cut)
+    try:
+        for row in range(rows.start, rows.stop):
+            key = manifest.key(row)
+            if row < middle:
+                assert bytes(reader.read(row)) == prepared.images[key]
+            else:
+                with pytest.raises(CorruptSample, match=f"{key}.*was cut"):
+                    reader.read(row)
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.slow
+def test_faults_in_a_bucket_are_found_and_hurt_nothing_else(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAML_CACHE", str(tmp_path / "cache"))
+    prepared = in_bucket(prepare(tmp_path / "sound", images=24), f"{bucket}/data")
+    faults = draw_faults(prepared, per_kind=3, seed=9)
+    for number, fault in enumerate(faults):
+        outcome = judge(prepared, fault, str(tmp_path / f"cache-{number}"))
+        assert outcome.found, fault.what
+        assert outcome.named, fault.what
+        assert outcome.wrong == outcome.unnamed == outcome.lost_beyond == 0, (fault.what, outcome)
 
 
 def test_a_bit_that_changes_after_the_shard_was_opened_is_found(prepared: Prepared) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from paml import storage
 from paml.errors import DataError
 from paml.labels import NEGATIVE, POSITIVE, LabelError, LabelTable, table_from_triples
 from paml.seal import UNSEALED, seal_file
@@ -47,6 +48,7 @@ class Prepared:
     """A sound folder and its content: shards, manifest and label table, in one folder."""
 
     folder: Path
+    """Where it was written, and where faults are injected unless `elsewhere` names another place."""
     files: Mapping[str, bytes]
     """Content by name: tar files, manifest, table."""
     members: Mapping[str, Sequence[Member]]
@@ -55,6 +57,8 @@ class Prepared:
     """By key."""
     labels: Mapping[str, Labels]
     """(class, state) pairs by key."""
+    elsewhere: str | None = None
+    """A folder in a bucket with the same files."""
 
     @property
     def tars(self) -> list[str]:
@@ -63,8 +67,22 @@ class Prepared:
     def keys_of(self, tar: str) -> set[str]:
         return {member.key for member in self.members[tar]}
 
-    def path(self, name: str) -> Path:
-        return self.folder / name
+    @property
+    def root(self) -> str:
+        return self.elsewhere or str(self.folder)
+
+    def path(self, name: str) -> str:
+        return storage.join(self.root, name)
+
+    def put(self, name: str, data: bytes | None) -> None:
+        """Write a file anew; None removes it."""
+        if self.elsewhere is not None:
+            storage.delete(self.path(name)) if data is None else storage.write_bytes(self.path(name), data)
+            return
+        # a new file each time, as a copy would make: one that is open stays whole
+        (self.folder / name).unlink(missing_ok=True)
+        if data is not None:
+            (self.folder / name).write_bytes(data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,26 +415,30 @@ class Injected:
 
     def __enter__(self) -> None:
         for name, data in self._fault.files.items():
-            path = self._prepared.path(name)
-            # a new file each time, as a copy would make: maps of the old one stay whole
-            path.unlink(missing_ok=True)
-            if data is not None:
-                path.write_bytes(data)
+            self._prepared.put(name, data)
 
     def __exit__(self, *error: object) -> None:
         for name in self._fault.files:
-            path = self._prepared.path(name)
-            path.unlink(missing_ok=True)
-            if name in self._prepared.files:
-                path.write_bytes(self._prepared.files[name])
+            self._prepared.put(name, self._prepared.files.get(name))
 
 
-def judge(prepared: Prepared, fault: Fault) -> Outcome:
-    """Inject a fault and see what verification finds and what reading delivers."""
+def in_bucket(prepared: Prepared, folder: str) -> Prepared:
+    """The same content under `folder` of a bucket, where faults are then injected."""
+    copy = dataclasses.replace(prepared, elsewhere=folder)
+    for name, data in prepared.files.items():
+        copy.put(name, data)
+    return copy
+
+
+def judge(prepared: Prepared, fault: Fault, cache: str | None = None) -> Outcome:
+    """Inject a fault and see what verification finds and what reading delivers.
+
+    `cache`: the folder of the shard cache, for a bucket.
+    """
     with Injected(prepared, fault):
-        paths = {str(prepared.path(name)) for name in fault.files}
+        paths = {prepared.path(name) for name in fault.files}
         try:
-            report = verify_shards(prepared.folder, workers=2)
+            report = verify_shards(prepared.root, workers=2)
             named = {fault.path for fault in report.faults}
             lost = set(report.lost)
         except DataError as error:
@@ -428,12 +450,12 @@ def judge(prepared: Prepared, fault: Fault) -> Outcome:
             table = None
         found, exact = bool(named & paths), named == paths
         try:
-            manifest = Manifest.open(prepared.folder)
+            manifest = Manifest.open(prepared.root)
         except DataError:
             manifest = None
         if manifest is None or table is None:
             return Outcome(found, exact, True, 0, 0, 0, 0)
-        delivered, errors, wrong = _read_all(prepared, manifest, table)
+        delivered, errors, wrong = _read_all(prepared, manifest, table, cache)
         missing = set(prepared.images) - delivered
         return Outcome(
             found=found,
@@ -446,9 +468,11 @@ def judge(prepared: Prepared, fault: Fault) -> Outcome:
         )
 
 
-def _read_all(prepared: Prepared, manifest: Manifest, table: LabelTable) -> tuple[set[str], set[str], int]:
+def _read_all(
+    prepared: Prepared, manifest: Manifest, table: LabelTable, cache: str | None
+) -> tuple[set[str], set[str], int]:
     """(keys delivered, keys named by errors, images delivered that are wrong) by the path that training takes."""
-    reader = ShardReader(manifest)
+    reader = ShardReader(manifest, cache)
     labels = _labels(table, manifest.keys().to_pylist())
     delivered: set[str] = set()
     errors: set[str] = set()
