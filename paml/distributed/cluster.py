@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import ray
-
 STORAGE_VARIABLES = ("AWS_", "PAML_", "NO_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "SSL_CERT_FILE")
 """Beginnings of the environment variables that reading and writing depend on."""
 
@@ -19,6 +17,8 @@ def is_at_hand() -> bool:
 
 def join(address: str | None = None) -> None:
     """Join the cluster of `address` or RAY_ADDRESS; where there is none, start Ray in this process."""
+    import ray  # seconds, and not needed to ask the questions below
+
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)

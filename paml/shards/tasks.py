@@ -83,8 +83,9 @@ def one_line(error: BaseException) -> str:
 class LocalTasks:
     """Tasks in threads of this process: two at a time, so that one computes while the other ends."""
 
-    def __init__(self, threads: int | None = None, *, retries: int = 2) -> None:
-        self.threads, self._retries = threads or os.cpu_count() or 1, retries
+    def __init__(self, threads: int | None = None, *, retries: int = 2, raise_first: bool = False) -> None:
+        """`raise_first`: let the first error end all, as it is, in place of a list of what failed."""
+        self.threads, self._retries, self._raise_first = threads or os.cpu_count() or 1, retries, raise_first
 
     @property
     def lanes(self) -> int:
@@ -93,8 +94,7 @@ class LocalTasks:
     def run(
         self, work: Work, job: Any, tasks: Sequence[tuple[str, Any]], done: Done
     ) -> tuple[list[Any], list[Failure]]:
-        """As in `Tasks`. Without retries the first error is raised as it is; with them, only one that no retry
-        mends, such as a full disk. A signal's exception ends the tasks first: each keeps what it has done."""
+        """As in `Tasks`. An error that no retry mends, such as a full disk, is raised at once. A signal's exception ends the tasks first: each keeps what it has done."""
         queue = deque((name, task, 1) for name, task in tasks)
         results: list[Any] = []
         failures: list[Failure] = []
@@ -121,7 +121,7 @@ class LocalTasks:
                 except Interrupted:
                     return
                 except Exception as error:
-                    if self._retries == 0 or getattr(error, "errno", None) in _NOT_MENDED_BY_TIME:
+                    if self._raise_first or getattr(error, "errno", None) in _NOT_MENDED_BY_TIME:
                         fatal.append(error)
                         stop.set()
                     elif attempt <= self._retries:

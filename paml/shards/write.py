@@ -84,7 +84,7 @@ class PartsFailed(DataError):
     """Some tasks failed for good while all others finished; `failures` names them."""
 
     def __init__(self, failures: Sequence[Failure], of: int, what: str) -> None:
-        self.failures = tuple(failures)
+        self.failures, self.of = tuple(failures), of
         lines = "".join(f"\n  {failure}" for failure in self.failures[:_LISTED])
         if len(self.failures) > _LISTED:
             lines += f"\n  and {len(self.failures) - _LISTED:,} more"
@@ -142,7 +142,7 @@ def write_shards(
         settings,
         expected_count=expected_count,
         wanted_keys=wanted,
-        tasks=LocalTasks(workers, retries=0),
+        tasks=LocalTasks(workers, raise_first=True),
         progress=progress,
         work_folder=work_folder,
     )

@@ -296,7 +296,11 @@ def test_torn_intermediate_files_are_mended(
     digest = write_parts([Pairs("one", images)], tmp_path / "whole", SMALL).digest
     with pytest.raises(Cut):
         write_parts(
-            [Pairs("one", images, after)], tmp_path / "out", SMALL, tasks=LocalTasks(2, retries=0), piece_bytes=4_000
+            [Pairs("one", images, after)],
+            tmp_path / "out",
+            SMALL,
+            tasks=LocalTasks(2, raise_first=True),
+            piece_bytes=4_000,
         )
     pieces = sorted((tmp_path / "out" / ".partial").glob("*.piece"))
     for number, share, cut in cuts if pieces else []:
