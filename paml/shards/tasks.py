@@ -94,7 +94,8 @@ class LocalTasks:
     def run(
         self, work: Work, job: Any, tasks: Sequence[tuple[str, Any]], done: Done
     ) -> tuple[list[Any], list[Failure]]:
-        """As in `Tasks`. An error that no retry mends, such as a full disk, is raised at once. A signal's exception ends the tasks first: each keeps what it has done."""
+        """As in `Tasks`. An error that no retry mends, such as a full disk, is raised at once. A signal's exception
+        ends the tasks first: each keeps what it has done."""
         queue = deque((name, task, 1) for name, task in tasks)
         results: list[Any] = []
         failures: list[Failure] = []
