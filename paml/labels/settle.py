@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 
 from paml.labels.states import LabelError
+from paml.labels.table import rough_order
 
 ConflictRule = Literal["negative", "positive", "drop", "error"]
 CONFLICT_RULES = {
@@ -46,25 +47,10 @@ class Settled(NamedTuple):
 
 
 def by_key(keys: np.ndarray, codes: np.ndarray) -> Labels:
-    """The labels in ascending order of their keys.
-
-    Key and place share one number where they fit, since numpy sorts numbers several times as fast as it finds an order.
-    """
-    count = len(keys)
-    if count < 2:
-        return Labels(keys, codes)
-    low = keys.min()
-    place_bits = (count - 1).bit_length()
-    too_long = max(0, int(keys.max() - low).bit_length() + place_bits - 64)
-    mixed = keys - low
-    mixed >>= np.uint64(too_long)
-    mixed <<= np.uint64(place_bits)
-    mixed |= np.arange(count, dtype=np.uint64)
-    mixed.sort()
-    mixed &= np.uint64((1 << place_bits) - 1)
-    order = mixed.view(np.int64)
+    """The labels in ascending order of their keys."""
+    order = rough_order(keys)
     ascending = keys[order]
-    if too_long and (ascending[1:] < ascending[:-1]).any():
+    if (ascending[1:] < ascending[:-1]).any():
         order = np.argsort(keys, kind="stable")
         ascending = keys[order]
     return Labels(ascending, codes[order])

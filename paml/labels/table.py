@@ -107,7 +107,7 @@ class LabelTable:
             return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         values, valid = hex_to_uint64(wanted)
         # Searching for ascending values touches the mapped keys in order: ten times as fast as at random.
-        order = np.argsort(values)
+        order = rough_order(values)
         rows = np.full(len(values), -1, np.int64)
         table_keys = self._hex_keys()
         if len(table_keys):
@@ -331,6 +331,25 @@ def hex_to_uint64(keys: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         values[part], right = words_to_uint64(digits[part].view("<u8"))
         valid[part] &= right
     return values, valid
+
+
+def rough_order(values: np.ndarray) -> np.ndarray:
+    """int64[n]: an order in which uint64[n] ascend, but for values that differ in their last bits alone.
+
+    Value and place share one number as far as they fit, since numpy sorts numbers several times as fast as it finds
+    their order.
+    """
+    if len(values) < 2:
+        return np.arange(len(values))
+    low = values.min()
+    place_bits = (len(values) - 1).bit_length()
+    mixed = values - low
+    mixed >>= np.uint64(max(0, int(values.max() - low).bit_length() + place_bits - 64))
+    mixed <<= np.uint64(place_bits)
+    mixed |= np.arange(len(values), dtype=np.uint64)
+    mixed.sort()
+    mixed &= np.uint64((1 << place_bits) - 1)
+    return mixed.view(np.int64)
 
 
 def uint64_to_hex(values: np.ndarray) -> pa.Array:
