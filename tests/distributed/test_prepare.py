@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 
+from paml import storage
 from paml.shards import PartsFailed, ShardSettings, verify_shards, write_parts, write_shards
 from paml.shards.tasks import LocalTasks
+from paml.sources.folder import folder_parts
+from tests.faults.conftest import PATIENCE
+from tests.helpers.fault_proxy import faulty_s3
 from tests.helpers.parts import DeadlyPart, DrawnPart, FailingPart, ShyPart, drawn_parts
 
 SMALL = ShardSettings(size=32, samples_per_shard=20)
@@ -96,6 +100,7 @@ def test_a_part_that_always_fails_is_named_while_the_others_finish(ray: Any, who
     assert verify_shards(tmp_path / "out").ok
 
 
+@pytest.mark.slow
 def test_sources_that_want_few_readers_get_few(ray: Any, tmp_path: Path) -> None:
     from paml.distributed.prepare_ray import RayTasks
 
@@ -107,3 +112,35 @@ def test_sources_that_want_few_readers_get_few(ray: Any, tmp_path: Path) -> None
     assert write_parts(shy(1, 0.3), tmp_path / "out", SMALL, tasks=tasks).written == 40
     with pytest.raises(PartsFailed, match="somebody else reads"):
         write_parts(shy(4, 60.0), tmp_path / "crowd", SMALL, tasks=tasks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_from_a_bucket_to_a_bucket_the_bytes_are_the_same(
+    share: float, ray: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a fifth of all requests fail; and a killed worker leaves nothing half in the bucket."""
+    from paml.distributed.prepare_ray import RayTasks
+
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    images = [pair for part in drawn_parts(80, 1) for pair in part]
+    last = DeadlyPart("the last", 80, COUNT, folder=str(marks), at=110)
+    with faulty_s3(share=share, silence_seconds=5.0, slow_seconds=0.3, seed=3) as s3:
+        for name, value in (s3.environment | PATIENCE | {"PAML_CACHE": str(tmp_path / "cache")}).items():
+            monkeypatch.setenv(name, value)
+        bucket = s3.make_bucket("b" + os.urandom(6).hex())
+        with s3.proxy.calm():
+            for key, data in images:
+                storage.write_bytes(f"{bucket}/images/{key}.jpg", data)
+        s3.proxy.seen.clear()
+        parts = [*folder_parts(f"{bucket}/images", 30), last]
+        write_parts(
+            parts, f"{bucket}/out", SMALL, tasks=RayTasks(cpus_per_task=1), piece_bytes=10_000, group_bytes=30_000
+        )
+        assert s3.proxy.requests > 150
+        assert share * 0.6 <= s3.proxy.broken / s3.proxy.requests <= share * 1.4
+        with s3.proxy.calm():
+            found = storage.list_files(f"{bucket}/out")
+            assert {name: storage.read_bytes(f"{bucket}/out/{name}") for name in found} == all_bytes(whole)
+    assert len(list(marks.iterdir())) == 1
