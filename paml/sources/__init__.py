@@ -1,1 +1,1 @@
-"""Where images come from: each module turns files into (key, image) pairs."""
+"""Where images come from: each module turns files into parts, which give (key, image) pairs."""

@@ -29,6 +29,7 @@ from paml.storage import StorageError
 
 COLUMNS = ("ImageID", "OriginalURL", "OriginalSize", "OriginalMD5")
 _UNAVAILABLE = "photo_unavailable"
+_BLOCK_BYTES = 64 << 20  # the table of wanted keys is made anew for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ def flickr_parts(
         sink = io.BytesIO()
         with pa.ipc.new_stream(sink, rows.schema) as writer:
             writer.write_table(rows)
-        mark = mark_of(str(value) for row in rows.to_pylist() for value in row.values())
+        mark = mark_of(text for column in rows.columns for text in column.to_pylist())
         size = sum(_whole_number(text) or 0 for text in rows["OriginalSize"].to_pylist())
         parts.append(FlickrPart(f"flickr-{number:06d}-{mark}", sink.getvalue(), rows.num_rows, size, settings))
     return parts
@@ -131,6 +132,7 @@ def _read_rows(path: str, wanted: pa.Array | None) -> pa.Table:
             storage.open_input(path) as file,
             pacsv.open_csv(
                 file,
+                read_options=pacsv.ReadOptions(block_size=_BLOCK_BYTES),
                 parse_options=pacsv.ParseOptions(newlines_in_values=True),
                 convert_options=pacsv.ConvertOptions(
                     include_columns=list(COLUMNS), column_types=schema, strings_can_be_null=False
