@@ -17,13 +17,13 @@ STEPS = 20
 
 @cache
 def traces(root: Path, workers: int) -> list[Trace]:
-    # At ten times this rate Adam carries a rounding error over a kink of the network (ReLU, max pooling) now and then.
+    # SGD, since Adam makes whole steps of gradients that are nothing but rounding; which ones depends on the processor.
     settings = tiny_settings(
         root,
         root / "none",
         model={"batch_norm": "frozen"},
         data={"probe": 0.0},
-        optimiser={"learning_rate": 1e-4},
+        optimiser={"name": "sgd", "learning_rate": 0.03},
         epochs=4,
     )
     if workers == 1:
@@ -72,13 +72,11 @@ def test_weights_stay_equal_on_all_workers_and_close_to_those_of_one(pair: tuple
     for name, value in alone.weights.items():
         for trace in several:
             assert torch.equal(trace.weights[name], several[0].weights[name])
-        # Adam moves a weight by up to 2e-3 in 20 steps, also one whose gradient is all rounding: how much of that
-        # shows depends on the processor.
-        torch.testing.assert_close(several[0].weights[name], value, rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(several[0].weights[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_every_image_is_scored_once(pair: tuple[Trace, list[Trace]]) -> None:
     alone, several = pair
     assert [trace.pairs for trace in several] == [24 * 12] * len(several)
     for trace in several:
-        assert trace.map == pytest.approx(alone.map, abs=2e-3)  # two close scores may change places
+        assert trace.map == pytest.approx(alone.map, abs=1e-3)  # close scores may change places
