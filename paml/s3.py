@@ -34,7 +34,7 @@ _FIRST_BLOCK = 256 << 10
 _MAX_NAMED = 100
 _TOKEN = "paml-writer"
 _PASSING_CODES = {
-    *("SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "RequestTimeTooSkewed", "OperationAborted"),
+    *("SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "OperationAborted"),
     *("Throttling", "ThrottlingException", "RequestLimitExceeded", "BandwidthLimitExceeded", "TooManyRequests"),
     *("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "ConditionalRequestConflict"),
 }
@@ -197,7 +197,7 @@ def _may_pass(error: Exception) -> bool:
         ConnectionError,
         TimeoutError,
     )
-    return isinstance(error, passing) and not isinstance(error, exceptions.ProxyConnectionError | exceptions.SSLError)
+    return isinstance(error, passing) and "CERTIFICATE_VERIFY_FAILED" not in str(error)
 
 
 def _clear(error: Exception, doing: str, path: str) -> OSError:
@@ -285,12 +285,6 @@ def _name_if_slow(limits: S3Limits, path: str, seconds: float, attempts: int, si
     what = "is slow: one request took" if slow else f"needed {attempts} tries of one request:"
     failed = f", the last failure: {last}" if last else ""
     log.warning("%s %s %.1f s%s%s", path, what, seconds, moved, failed)
-
-
-def forget_named() -> None:
-    """Name slow objects anew."""
-    with _naming:
-        _named.clear()
 
 
 class Head(NamedTuple):

@@ -13,10 +13,11 @@ from mmap import ACCESS_READ, mmap
 import pyarrow.compute as pc
 
 from paml import storage
+from paml.shards.encode import member_key
 from paml.shards.manifest import MANIFEST_NAME, Manifest
 
 _NAMED = 10
-_BLOCK = 512
+_BLOCK, _NAME, _PREFIX = 512, 100, 345  # bytes of a tar header and of the name in it; where a long name begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def verify_shards(
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> VerifyReport:
-    """Check each shard's size and SHA-256; where they differ, each image's CRC-32 and each tar header.
+    """Check each shard's size, SHA-256 and keys; where they differ, each image's CRC-32 and each tar header.
 
     Shards that are gone, hold another's content, or are not in the manifest (stock WebDataset would read them too)
     are named. Without `deep` sizes alone are compared. Damage is reported, not raised; raises DataError where there
@@ -137,14 +138,14 @@ def _check(manifest: Manifest, shard: int, deep: bool) -> ShardFault | None:
         problem = f"{size:,} bytes where {info.bytes:,} were written"
     if not problem and not deep:
         return None
-    digest = storage.sha256_of(path)[0]
-    if digest == info.sha256:
-        return None
-    problem = problem or "SHA-256 differs"
-    owner = next((other.name for other in manifest.shards if other.sha256 == digest), None)
-    if owner is not None:
-        problem += f": it holds what belongs into {owner}"
     with _local(path) as local:
+        digest = storage.sha256_of(local)[0]
+        if digest == info.sha256:
+            return _misnamed(manifest, shard, local)
+        problem = problem or "SHA-256 differs"
+        owner = next((other.name for other in manifest.shards if other.sha256 == digest), None)
+        if owner is not None:
+            problem += f": it holds what belongs into {owner}"
         return _salvage(manifest, shard, local, problem)
 
 
@@ -160,12 +161,37 @@ def _local(path: str) -> Iterator[str]:
         yield local
 
 
+def _mapped(local: str) -> memoryview:
+    empty = not os.path.getsize(local)
+    with open(local, "rb") as file:
+        return memoryview(b"" if empty else mmap(file.fileno(), 0, access=ACCESS_READ))
+
+
+def _misnamed(manifest: Manifest, shard: int, local: str) -> ShardFault | None:
+    """Keys of the manifest that are not the names in a whole tar file: their images would get others' labels."""
+    rows, data, wrong = manifest.rows_of_shard(shard), _mapped(local), []
+    places = zip(manifest.keys()[rows].to_pylist(), manifest.offset[rows].tolist(), strict=True)
+    for key, offset in places:
+        header = bytes(data[offset - _BLOCK : offset])
+        name = header[:_NAME].split(b"\0", 1)[0]
+        # longer names, and those beyond ASCII, stand elsewhere
+        if len(name) == _NAME or header[_PREFIX] or not key.isascii():
+            continue
+        written = member_key(key) if manifest.settings else key
+        if not name.startswith(f"{written}.".encode()):
+            wrong.append(f"{key} is {name.decode('ascii', 'replace')}")
+    if not wrong:
+        return None
+    named = "; ".join(wrong[:_NAMED]) + (f"; {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else "")
+    path = storage.join(manifest.folder, MANIFEST_NAME)
+    problem = f"{len(wrong):,} keys are not those of {manifest.shards[shard].name}: {named}: write the shards again"
+    return ShardFault(path, problem, manifest.shards[shard].count, ())
+
+
 def _salvage(manifest: Manifest, shard: int, local: str, problem: str) -> ShardFault:
     """Say which images of a bad shard are whole."""
     rows, lost, details = manifest.rows_of_shard(shard), [], []
-    empty = not os.path.getsize(local)
-    with open(local, "rb") as file:
-        data = memoryview(b"" if empty else mmap(file.fileno(), 0, access=ACCESS_READ))
+    data = _mapped(local)
     for index in range(rows.start, rows.stop):
         offset, size = int(manifest.offset[index]), int(manifest.size[index])
         image = data[offset : offset + size]

@@ -25,7 +25,7 @@ def faulty(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty
     before = server.proxy.plan
     server.proxy.plan = type(before)(share=0.0, silence_seconds=5.0, slow_seconds=0.2)
     server.proxy.seen.clear()
-    s3.forget_named()
+    monkeypatch.setattr(s3, "_named", set())
     yield server
     server.proxy.plan = before
     server.proxy.clear_script()

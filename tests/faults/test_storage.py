@@ -237,7 +237,7 @@ def test_an_object_that_stays_bad_is_named_with_tries_and_reason(
     assert storage.read_bytes(f"{bucket}/good") == DATA
 
 
-@pytest.mark.parametrize("kind", ["silence", "slow_body", "stalled_body"])
+@pytest.mark.parametrize("kind", ["silence", "stalled_body", pytest.param("slow_body", marks=pytest.mark.slow)])
 def test_nothing_waits_beyond_the_deadline(
     faulty: FaultyS3, bucket: str, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

@@ -1,3 +1,5 @@
+import io
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -5,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paml.errors import DataError
-from paml.shards import Manifest, ShardSettings, verify_shards, write_shards
+from paml.shards import Manifest, ShardSettings, index_shards, verify_shards, write_shards
 from paml.shards.manifest import make_batch, write_manifest
 from tests.shards.images import flip_byte, source
 
@@ -116,5 +118,36 @@ def test_keys_that_stand_twice_are_named(folder: Path, tmp_path: Path) -> None:
     columns = {name: getattr(manifest, name) for name in ("shard", "offset", "size", "crc32", "width", "height")}
     batch = make_batch(keys=[keys[1], *keys[1:]], **columns)
     write_manifest(str(tmp_path), batch, manifest.shards, settings=manifest.settings, report={})
+    twice, misnamed = verify_shards(tmp_path).faults
+    assert str(twice) == f"{tmp_path}/manifest.arrow: 1 keys stand twice: {keys[1]}: write the shards again"
+    assert f"1 keys are not those of shard-000000.tar: {keys[1]} is {keys[0]}.jpg" in str(misnamed)
+
+
+def test_keys_that_are_not_the_names_in_the_tar_are_named(folder: Path, tmp_path: Path) -> None:
+    manifest = Manifest.open(folder)
+    for info in manifest.shards:
+        (tmp_path / info.name).symlink_to(folder / info.name)
+    keys = manifest.keys().to_pylist()
+    columns = {name: getattr(manifest, name) for name in ("shard", "offset", "size", "crc32", "width", "height")}
+    batch = make_batch(keys=[keys[1], keys[0], *keys[2:]], **columns)
+    write_manifest(str(tmp_path), batch, manifest.shards, settings=manifest.settings, report={})
     (fault,) = verify_shards(tmp_path).faults
-    assert str(fault) == f"{tmp_path}/manifest.arrow: 1 keys stand twice: {keys[1]}: write the shards again"
+    assert str(fault) == (
+        f"{tmp_path}/manifest.arrow: 2 keys are not those of shard-000000.tar: {keys[1]} is {keys[0]}.jpg; "
+        f"{keys[0]} is {keys[1]}.jpg: write the shards again"
+    )
+
+
+def test_keys_of_all_kinds_are_those_of_the_tar(tmp_path: Path) -> None:
+    images = [data for _, data in source(6)]
+    keys = ["plain", "a/b.c%d", "Käse", "x" * 95, "y" * 200, "deep/" * 30 + "z"]
+    write_shards(list(zip(keys, images, strict=True)), tmp_path / "shards", ShardSettings(size=32))
+    assert sorted(Manifest.open(tmp_path / "shards").keys().to_pylist()) == sorted(keys)
+    assert verify_shards(tmp_path / "shards").ok
+    with tarfile.open(tmp_path / "others.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in ("a/0.jpg", "deep/" * 30 + "1.jpg", "mask.seg.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = len(images[0])
+            tar.addfile(info, io.BytesIO(images[0]))
+    index_shards(tmp_path / "others.tar", tmp_path / "index")
+    assert verify_shards(tmp_path / "index").ok
