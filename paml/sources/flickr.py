@@ -195,8 +195,8 @@ class _Servers:
         url = row["OriginalURL"]
         if not url:
             return FileNotFoundError(f"{row['ImageID']} is not in the image list, so its address is unknown")
-        host = urlsplit(url).hostname
-        if host is None or urlsplit(url).scheme not in ("http", "https"):
+        host = _host_of(url)
+        if host is None:
             return DataError(f"{url!r} is no web address")
         failure: Unreachable | None = None
         for attempt in range(self._settings.tries):
@@ -249,6 +249,15 @@ class _Busy:
 
     status: int
     seconds: float | None
+
+
+def _host_of(url: str) -> str | None:
+    """None for what is no address in the web."""
+    try:
+        address = urlsplit(url)
+        return address.hostname if address.scheme in ("http", "https") else None
+    except ValueError:
+        return None
 
 
 def _whole_number(text: str) -> int | None:

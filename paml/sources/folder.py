@@ -91,11 +91,6 @@ def iter_folder(folder: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
         yield key_of(name), storage.join(root, name)
 
 
-def count_folder(folder: str | os.PathLike[str]) -> int:
-    """Number of image files below `folder`."""
-    return sum(1 for _ in iter_folder(folder))
-
-
 def _images_below(root: str) -> Iterator[tuple[str, int]]:
     """(path below the folder, bytes) of each image file."""
     if storage.is_remote(root):

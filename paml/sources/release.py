@@ -265,7 +265,7 @@ def _paths_of(split: str) -> dict[str, dict[str, str]]:
     train = split == "train"
     listed = f"{split}-images-with-{'labels-with-' if train else ''}rotation.csv"
     short = "val" if split == "validation" else split
-    v3_v7 = {
+    own = {
         "v3": (f"{V3}/{split}/annotations-human.csv", f"{V3}/", f"{V3}/{split}/images.csv"),
         "v4": (f"2018_04/{split}/{split}-{_LABELS}", "2018_04/", f"2018_04/{split}/{listed}"),
         "v5": (f"v5/{split}-{_LABELS}", "v5/", f"v5/{listed}" if train else f"2018_04/{split}/{listed}"),
@@ -280,7 +280,7 @@ def _paths_of(split: str) -> dict[str, dict[str, str]]:
             "descriptions": f"{prefix}class-descriptions.csv",
             "images": images or newest,
         }
-        for version, (annotations, prefix, images) in v3_v7.items()
+        for version, (annotations, prefix, images) in own.items()
     }
 
 

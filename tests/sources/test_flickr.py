@@ -194,9 +194,10 @@ def test_one_server_gets_few_requests_at_a_time(web: Server, tmp_path: Path, lim
 
 
 def test_what_is_no_web_address_is_rejected(tmp_path: Path) -> None:
-    path = image_list(tmp_path, row(1, "file:///etc/hostname"), row(2, "ftp://x/y"), row(3, "words"))
+    urls = ["file:///etc/hostname", "ftp://x/y", "words", "http://[::1", "https://"]
+    path = image_list(tmp_path, *(row(number, url) for number, url in enumerate(urls)))
     reasons = [str(payload) for _, payload in read_parts(flickr_parts(path))]
-    assert all("is no web address" in reason for reason in reasons)
+    assert reasons == [f"{url!r} is no web address" for url in urls]
 
 
 def test_a_list_of_another_kind_is_refused(tmp_path: Path) -> None:
