@@ -18,6 +18,7 @@ from paml.errors import DataError
 from paml.labels import NEGATIVE, POSITIVE, UNOBSERVED, LabelTable, is_probe
 from paml.labels.overlay import LabelOverlay
 from paml.shards import Manifest, ShardReader
+from paml.shards.cache import ShardCache
 from paml.shards.manifest import make_batch, write_manifest
 from tests.helpers.prepared import CLASSES, SIZE, key_of, true_classes
 
@@ -217,6 +218,48 @@ def test_the_device_batch_is_normalised_mirrored_and_scattered(prepared: Path) -
     observed = data.state_BK != UNOBSERVED
     assert (data.truth_BK[observed] == data.state_BK[observed]).all()
     assert (data.state_BK[data.probe_BK != UNOBSERVED] == UNOBSERVED).all()
+
+
+def test_a_node_fetches_only_the_shards_of_its_part_and_workers_of_a_node_share_them(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("moto.server")
+    from paml import storage
+    from tests.helpers.fault_proxy import faulty_s3
+
+    with faulty_s3(share=0.0) as s3:
+        for name, value in s3.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("PAML_CACHE", str(tmp_path / "manifest"))
+        folder = f"{s3.make_bucket('photos')}/train"
+        for file in (prepared / "shards" / "train").iterdir():
+            storage.upload(str(file), f"{folder}/{file.name}")
+        manifest = Manifest.open(folder)
+        alone = [batch.images for batch in loader_of(prepared)]
+
+        def share(rank: int, node: str, processes: int) -> tuple[list[torch.Tensor], Loader]:
+            loader = loader_of(prepared, workers=4, rank=rank, processes=processes)
+            loader.reader = ShardReader(manifest, ShardCache(tmp_path / node))
+            return [batch.images for batch in loader], loader
+
+        def needed(*loaders: Loader) -> set[int]:
+            return {
+                int(shard)
+                for loader in loaders
+                for step in range(loader.plan.steps)
+                for shard in loader.samples.shard[loader.plan.batch(step, loader.slots)[1]]
+            }
+
+        found = [share(rank, f"node-{rank // 2}", rank // 3) for rank in range(4)]
+        for step, whole in enumerate(alone):
+            torch.testing.assert_close(torch.cat([images[step] for images, _ in found]), whole, rtol=0, atol=0)
+        for node in (0, 1):
+            own = [loader for _, loader in found[2 * node : 2 * node + 2]]
+            shards = needed(*own)
+            assert sum(loader.traffic.bytes_fetched for loader in own) == sum(manifest.shards[s].bytes for s in shards)
+            assert sum(loader.traffic.misses for loader in own) == len(shards)
+            assert own[1].traffic.hits >= len(needed(own[0]) & needed(own[1]))
+            assert not any(loader.traffic.ranges for loader in own)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

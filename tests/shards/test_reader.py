@@ -1,3 +1,4 @@
+import os
 import pickle
 import zlib
 from collections.abc import Iterator
@@ -56,6 +57,39 @@ def test_a_flipped_bit_and_a_cut_are_found_by_the_sample(folder: Path) -> None:
     Path(path).unlink()
     with pytest.raises(StorageError, match="is gone: put it back, or write the shards again"):
         ShardReader(manifest).read(index)
+
+
+def test_a_shard_cut_while_it_is_open_is_a_corrupt_sample(folder: Path) -> None:
+    """A mapped file would end the process here."""
+    manifest = Manifest.open(folder)
+    reader, rows = ShardReader(manifest), manifest.rows_of_shard(0)
+    reader.read(rows.start)
+    kept = int(manifest.offset[rows.stop - 1])
+    os.truncate(manifest.shard_path(0), kept)
+    with pytest.raises(CorruptSample, match=f"the tar file ends at byte {kept}, .*: it was cut"):
+        reader.read(rows.stop - 1)
+    assert zlib.crc32(reader.read(rows.start)) == manifest.crc32[rows.start]
+
+
+def test_few_files_are_open_at_a_time_and_none_for_ever(folder: Path) -> None:
+    def opened() -> int:
+        return sum(os.path.samefile(path, f"/proc/self/fd/{name}") for name in handles() for path in tars)
+
+    def handles() -> list[str]:
+        return [name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
+
+    tars = list(folder.glob("*.tar"))
+    manifest = Manifest.open(folder)
+    reader = ShardReader(manifest, max_open=2)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(reader.read, range(60)))
+    assert opened() == 2
+    reader.release(range(len(manifest.shards)))
+    assert opened() == 0
+    reader.read(0)
+    assert opened() == 1
+    del reader
+    assert opened() == 0
 
 
 @pytest.fixture
