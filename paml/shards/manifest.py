@@ -23,6 +23,7 @@ from paml.seal import UNSEALED, BrokenSeal, check_seal, file_mark, seal_file
 
 MANIFEST_NAME = "manifest.arrow"
 SCHEMA_VERSION = 1
+_ROWS_AT_A_TIME = 1 << 20
 _FIELDS = {"schema_version", "digest", "settings", "report", "shards"}
 SCHEMA = pa.schema(
     [
@@ -165,7 +166,7 @@ def _read(folder: str, path: str, local: str, mark: tuple[int, ...]) -> Manifest
         if isinstance(error, storage.StorageError):
             raise
         raise DataError(f"{path} is damaged or cut ({error}): {mend}") from error
-    fault = contradiction(manifest)
+    fault = contradiction(manifest) if found != mark else None
     if fault is not None:
         raise DataError(f"{path} contradicts itself: {fault}: {mend}")
     return manifest
@@ -173,28 +174,33 @@ def _read(folder: str, path: str, local: str, mark: tuple[int, ...]) -> Manifest
 
 def contradiction(manifest: Manifest) -> str | None:
     """What in a manifest cannot be: counts, places and digest that do not agree; None for a sound one."""
-    shard, offset, size, shards = manifest.shard, manifest.offset, manifest.size, manifest.shards
+    shards = manifest.shards
     if shards_digest(shards) != manifest.digest:
         return "the list of shards is not that of its digest"
-    if len(shard) and (shard.min() < 0 or shard.max() >= len(shards)):
-        return f"a row lies in shard {shard.max()}, and there are {len(shards)}"
-    after = np.diff(shard)
-    if (after < 0).any():
-        return f"row {int(np.flatnonzero(after < 0)[0]) + 1} stands after those of a later shard"
-    counts = np.array([info.count for info in shards], np.int64)
-    found = np.bincount(shard, minlength=len(shards))
-    if (found != counts).any():
-        wrong = int(np.flatnonzero(found != counts)[0])
-        return f"{shards[wrong].name} should hold {counts[wrong]:,} images, and {found[wrong]:,} rows name it"
-    ends = offset + size
-    room = np.array([info.bytes for info in shards], np.int64)[shard] if len(shard) else ends
-    outside = (offset < 0) | (size < 0) | (ends > room)
-    overlap = np.zeros(len(shard), bool)
-    overlap[1:] = (after == 0) & (offset[1:] < ends[:-1])
-    if (outside | overlap).any():
-        row = int(np.flatnonzero(outside | overlap)[0])
-        what = "lies outside of" if outside[row] else "overlaps the one before it in"
-        return f"image {manifest.key(row)!r} (bytes {offset[row]} to {ends[row]}) {what} {shards[shard[row]].name}"
+    room = np.array([info.bytes for info in shards], np.int64)
+    found = np.zeros(len(shards), np.int64)
+    last_shard, last_end = 0, 0
+    for start in range(0, len(manifest), _ROWS_AT_A_TIME):
+        rows = slice(start, start + _ROWS_AT_A_TIME)
+        shard, offset = manifest.shard[rows], manifest.offset[rows]
+        ends = offset + manifest.size[rows]
+        if shard.min() < 0 or shard.max() >= len(shards):
+            return f"a row lies in shard {shard.max()}, and there are {len(shards)}"
+        step = np.diff(shard, prepend=last_shard)
+        if (step < 0).any():
+            return f"row {start + int(np.flatnonzero(step < 0)[0])} stands after those of a later shard"
+        outside = (offset < 0) | (ends < offset) | (ends > room[shard])
+        overlap = (step == 0) & (offset < np.concatenate([[last_end], ends[:-1]]))
+        if (outside | overlap).any():
+            row = int(np.flatnonzero(outside | overlap)[0])
+            what = "lies outside of" if outside[row] else "overlaps the one before it in"
+            place = f"image {manifest.key(start + row)!r} (bytes {offset[row]} to {ends[row]})"
+            return f"{place} {what} {shards[shard[row]].name}"
+        found += np.bincount(shard, minlength=len(shards))
+        last_shard, last_end = int(shard[-1]), int(ends[-1])
+    for info, count in zip(shards, found, strict=True):
+        if info.count != count:
+            return f"{info.name} should hold {info.count:,} images, and {count:,} rows name it"
     return None
 
 
