@@ -197,8 +197,11 @@ def merge(
 
     if all(table.has_hex_keys for table in opened):
         key_numbers = [table.key_column().to_numpy() for table in opened]
-        keys: pa.Array = pa.array(np.unique(np.concatenate(key_numbers)))
-        all_numbers = keys.to_numpy()
+        all_numbers = np.sort(np.concatenate(key_numbers))
+        first = np.ones(len(all_numbers), bool)
+        np.not_equal(all_numbers[1:], all_numbers[:-1], out=first[1:])  # np.unique takes ten times as long
+        all_numbers = all_numbers[first]
+        keys: pa.Array = pa.array(all_numbers)
     else:
         texts = [_key_texts(table).cast(pa.large_string()) for table in opened]
         numbers, dictionary = ranked(pa.concat_arrays(texts))
