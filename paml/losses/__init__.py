@@ -1,4 +1,4 @@
-"""Losses for partial labels: AN, IU, full labels, and large-loss rejection (LL-R, LL-Ct, LL-Cp).
+"""Losses for partial labels, by name in `LOSSES`. A file each: its formula, source, defaults and divisor.
 
 Axes: B images of this worker, K classes.
 """
@@ -14,7 +14,9 @@ from paml.labels.states import POSITIVE, UNOBSERVED
 from paml.losses.base import (
     AS_POSITIVE,
     LEFT_OUT,
+    Epoch,
     Loss,
+    Place,
     check_all_observed,
     per_label_loss,
     sign_of_labels,
@@ -56,16 +58,20 @@ def partial_label_loss(
     slots_B: Tensor,
     batch_size: int,
     world: RejectGroup | None = None,
+    epochs: int | None = None,
 ) -> LossOutput:
     """The loss of a worker's part of a global batch, and the labels that it rejects.
 
     logits_BK: float32. state_BK: int8 label states; corrections of LL-Cp made in earlier steps are written in as
     POSITIVE. epoch counts from 1. divisor: batch_size * K for a mean over the global batch. slots_B: int64, the images'
     slots in the global batch of `batch_size` images. world: the workers that share the batch, None for one alone; all
-    of them must call, also with B = 0.
+    of them must call, also with B = 0. epochs: of the whole run, for losses that move with it (GR).
 
-    The loss is not finite if any logit is NaN, rejected or not, or infinite against its label (a +inf that LL-Ct or
-    LL-Cp corrects is not): the caller stops on a loss that is not finite.
+    Cross-entropy and what is a mean over labels is the sum / divisor; a loss that is a mean over images
+    (`Loss.divisor`) is the sum * K / divisor.
+    The loss is not finite if any logit is NaN, rejected or not, or infinite against its label: the caller stops on a
+    loss that is not finite. (Under cross-entropy a +inf that is a positive, or that LL-Ct or LL-Cp corrects, costs
+    nothing; under the other losses every infinite logit shows.)
     Raises TypeError for logits that are not float32, ValueError for shapes or slots that do not fit.
     """
     loss = LOSSES[settings.name]
@@ -79,8 +85,12 @@ def partial_label_loss(
     if alone and logits_BK.device.type == "cpu" and loss.per_label is None and loss.unobserved != LEFT_OUT:
         return _on_one_cpu(loss, logits_BK, state_BK, settings, rate, divisor, slots_B, batch_size)
 
+    own, now = loss.settings_in(settings), Epoch(epoch, epochs)
     rejected_BK = None
-    if rejecting:
+    if loss.select is not None:
+        place = Place(slots_B, batch_size, settings.reject_pool, world)
+        rejected_BK = loss.select(logits_BK.detach(), state_BK, own, now, place)
+    elif rejecting:
         rejected_BK = select_rejected(
             logits_BK.detach(),
             state_BK == UNOBSERVED,
@@ -92,8 +102,13 @@ def partial_label_loss(
             group=world,
         )
     if loss.per_label is not None:
-        cost_BK = per_label_loss(loss, logits_BK, state_BK, rejected_BK)
-        total = (cost_BK.sum(1).sum(0, dtype=torch.float64) / divisor).to(torch.float32)
+        cost_BK = per_label_loss(loss, logits_BK, state_BK, rejected_BK, own, now)
+        # Rows first, then in float64: the sum hardly depends on how the rows are shared among workers.
+        total = cost_BK.sum(1).sum(0, dtype=torch.float64)
+        if loss.over_batch is not None:
+            total = total + loss.over_batch(logits_BK, own, world)
+        per = logits_BK.shape[1] if loss.divisor == "images" else 1
+        total = (total * per / divisor).to(torch.float32)
     elif logits_BK.device.type == "cpu" and loss.unobserved != LEFT_OUT:
         positive = true_places(state_BK.numpy().reshape(-1) == POSITIVE)
         flat = true_places(rejected_BK.numpy().reshape(-1)) if rejected_BK is not None else np.empty(0, np.int64)

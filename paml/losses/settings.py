@@ -1,19 +1,31 @@
 """Settings of the losses, the exact reject rate, and the warning about a rate that rejects too much."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
 from paml.errors import SettingsError
+from paml.losses.an_ls import ANLSSettings
+from paml.losses.asl import ASLSettings
+from paml.losses.em import EMSettings
+from paml.losses.epr import EPRSettings
+from paml.losses.gr import GRSettings
+from paml.losses.hill import HillSettings
+from paml.losses.p_asl import PASLSettings
 from paml.losses.registry import LOSSES
+from paml.losses.splc import SPLCSettings
+from paml.losses.wan import WANSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
+    """The loss. From `wan` to `gr` stand the settings that one loss alone has."""
+
     name: str = "ll-r"
-    """an, iu, full, ll-r, ll-ct or ll-cp: the keys of `paml.losses.LOSSES`."""
+    """an, iu, full, ll-r, ll-ct, ll-cp, wan, an-ls, epr, asl, p-asl-ignore, p-asl-negative, p-asl-selective, em, hill,
+    splc or gr: the keys of `paml.losses.LOSSES`."""
     reject_rate_step: float = 0.002
     """Share of a pool's labels by which rejection grows each epoch after the first; LL-Cp rejects this share every
     epoch. A fraction, never percent. It is read as the decimal that is written: 0.001 is exactly 1/1000."""
@@ -21,6 +33,24 @@ class LossSettings:
     """What the rate is a share of: the unobserved labels, as the papers write, or all entries, as their code does."""
     reject_pool: int | None = None
     """Number of consecutive slots of the global batch that are ranked together; null ranks the global batch."""
+    wan: WANSettings = field(default_factory=WANSettings)
+    """Weak assume negative."""
+    an_ls: ANLSSettings = field(default_factory=ANLSSettings)
+    """Assume negative with label smoothing."""
+    epr: EPRSettings = field(default_factory=EPRSettings)
+    """Expected positive regularisation."""
+    asl: ASLSettings = field(default_factory=ASLSettings)
+    """Asymmetric loss."""
+    p_asl: PASLSettings = field(default_factory=PASLSettings)
+    """Partial asymmetric loss, all modes."""
+    em: EMSettings = field(default_factory=EMSettings)
+    """Entropy maximisation."""
+    hill: HillSettings = field(default_factory=HillSettings)
+    """Hill loss."""
+    splc: SPLCSettings = field(default_factory=SPLCSettings)
+    """Self-paced loss correction."""
+    gr: GRSettings = field(default_factory=GRSettings)
+    """Generalised robust loss."""
 
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
@@ -53,10 +83,11 @@ def check_reject_rate(
     """A warning where more than twice the positives expected unobserved in an image would be rejected, else None.
 
     `unobserved_positives_per_image`: what is expected, for example the mean number of objects in an image less its
-    observed positives. LL-Cp's corrections add up over epochs, so the sum of its rates is judged.
+    observed positives. LL-Cp's corrections add up over epochs, so the sum of its rates is judged. Losses that choose
+    in another way than by a rate (SPLC, P-ASL) are not judged.
     """
     loss = LOSSES[settings.name]
-    if not loss.rejects or epochs < 2:
+    if not loss.rejects or loss.select is not None or epochs < 2:
         return None
     last = reject_rate(settings, epochs)
     rate = min(last * (epochs - 1), Fraction(1)) if loss.corrects else last

@@ -38,6 +38,7 @@ def train_step(state: TrainState, batch: Batch, *, last: bool) -> None:
             world=world.group,
             slots_B=data.slots_B,
             batch_size=settings.batch_size,
+            epochs=settings.epochs,
         )
         _note(state, batch, data, out.loss.detach() * divisor, out.rejected_BK)
         state.scaler.scale(out.loss * world.size).backward()  # DDP averages; the loss is a sum over workers

@@ -96,7 +96,7 @@ def test_full_refuses_unobserved_labels():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "llr"}, "loss.name is 'llr'; allowed are an, iu, full, ll-r, ll-ct, ll-cp"),
+        ({"name": "llr"}, "loss.name is 'llr'; allowed are an, iu, full, ll-r, ll-ct, ll-cp, wan,"),
         ({"reject_rate_step": 1.5}, "loss.reject_rate_step is 1.5.*0.005"),
         ({"reject_rate_step": float("nan")}, "loss.reject_rate_step is nan"),
         ({"reject_of": "observed"}, "loss.reject_of is 'observed'; allowed are unobserved, all"),
