@@ -282,8 +282,8 @@ def _name_if_slow(limits: S3Limits, path: str, seconds: float, attempts: int, si
             log.warning("more than %d objects in S3 are slow or fail now and then: no more are named", _MAX_NAMED)
             return
     moved = f" for {size:,} bytes" if size else ""
-    what = "is slow: one request took" if slow else f"needed {attempts} tries of one request:"
-    failed = f", the last failure: {last}" if last else ""
+    what = "is slow: one request took" if slow else "fails now and then: one request took"
+    failed = f" and {attempts} tries, the last failure: {last}" if last else ""
     log.warning("%s %s %.1f s%s%s", path, what, seconds, moved, failed)
 
 
