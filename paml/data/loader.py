@@ -5,6 +5,7 @@ both); processes are for decoders that hold it.
 """
 
 import collections
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
@@ -146,10 +147,12 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises DataError once the share of bad samples passes `max_bad_share`; StorageError, LoaderProcessError."""
-        decoders = self._decoders()
-        needs = _Needs(self)
         waiting: collections.deque[tuple[int, np.ndarray, np.ndarray, torch.Tensor, Filling]] = collections.deque()
-        try:
+        with contextlib.ExitStack() as ending:
+            decoders = self._decoders()
+            ending.callback(self._end, decoders)
+            needs = _Needs(self)
+            ending.callback(needs.close)
             for step in range(self.start, self.plan.steps + self.prefetch):
                 if step < self.plan.steps:
                     slots, chosen = self.plan.batch(step, self.slots)
@@ -160,10 +163,10 @@ class Loader:
                     decoders.release(needs.done_after(batch.step))
                     yield batch
                     del batch  # or its memory could not be used again while the next ones are made
-        finally:
-            needs.close()
-            decoders.close()
-            self.traffic.add(decoders.traffic())
+
+    def _end(self, decoders: Decoders) -> None:
+        decoders.close()
+        self.traffic.add(decoders.traffic())
 
     def _decoders(self) -> Decoders:
         shape = (self.slots[1] - self.slots[0], self.image_size, self.image_size, 3)

@@ -117,9 +117,15 @@ class ShardCache:
         return ShardCache, (self.folder, self.limit_bytes)
 
     def open(
-        self, manifest: Manifest, shard: int, cancelled: Callable[[], bool] = lambda: False, *, again: bool = False
+        self,
+        manifest: Manifest,
+        shard: int,
+        cancelled: Callable[[], bool] = lambda: False,
+        *,
+        again: bool = False,
+        quiet: bool = False,
     ) -> OpenShard | None:
-        """The shard from the cache, fetched where it is not there; None where it finds no room.
+        """The shard from the cache, fetched where it is not there; None where it finds no room (logged unless `quiet`).
 
         `again` looks whether the cached file is still the one that was fetched and, where it is not, fetches anew.
         A shard whose SHA-256 stays wrong after a second fetch is given all the same, with `verified` False: its
@@ -140,7 +146,7 @@ class ShardCache:
             if found is not None:
                 self._add(hits=1)
                 return found
-            return self._fetch(url, info.sha256, info.bytes, cancelled)
+            return self._fetch(url, info.sha256, info.bytes, cancelled, quiet)
 
     def read_range(self, url: str, offset: int, size: int) -> bytes:
         """Bytes straight from the bucket, fewer where the object ends before; counted. Raises StorageError."""
@@ -188,6 +194,7 @@ class ShardCache:
     @contextlib.contextmanager
     def _lock(self, name: str, cancelled: Callable[[], bool] = lambda: False, url: str | None = None) -> Iterator[None]:
         """Hold a lock file, against threads of this process too. Its holder's death frees it."""
+        os.makedirs(self.shards, exist_ok=True)  # somebody may have cleared the whole cache
         handle = os.open(os.path.join(self.shards, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         begun, told = time.monotonic(), _SLOW_SECONDS
         try:
@@ -221,13 +228,15 @@ class ShardCache:
         """Whether a cached file still is what was fetched; what is damaged in the bucket counts as such."""
         return not found.verified or (found.bytes == size and storage.sha256_of(found.path)[0] == sha256)
 
-    def _fetch(self, url: str, sha256: str, size: int, cancelled: Callable[[], bool]) -> OpenShard | None:
+    def _fetch(self, url: str, sha256: str, size: int, cancelled: Callable[[], bool], quiet: bool) -> OpenShard | None:
         """Called by the holder of the shard's lock."""
         part = os.path.join(self.shards, f"{sha256}.part")
         begun, digest, fetched = time.monotonic(), "", 0
         try:
             for attempt in range(2):
-                if not self._reserve(part, size, url):
+                why = self._reserve(part, size)
+                if why:
+                    self._say_no_room(url, why, quiet)
                     return None
                 digest, fetched = self._download(url, part, size, cancelled)
                 if digest == sha256:
@@ -238,7 +247,7 @@ class ShardCache:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(part)
             if isinstance(error, OSError) and error.errno in _FULL:
-                self._say_no_room(url, os.strerror(error.errno))
+                self._say_no_room(url, os.strerror(error.errno), quiet)
                 return None
             raise
         seconds = time.monotonic() - begun
@@ -281,8 +290,8 @@ class ShardCache:
             file.truncate(written)
         return digest.hexdigest(), written
 
-    def _reserve(self, part: str, size: int, url: str) -> bool:
-        """Make an empty file of `size` bytes that really lies on the disk, evicting what it takes."""
+    def _reserve(self, part: str, size: int) -> str:
+        """Make a file of `size` bytes that really lies on the disk, evicting what it takes; '' or why it cannot be."""
         with self._lock("room.lock"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(part)
@@ -295,18 +304,17 @@ class ShardCache:
                 if held + size <= limit:
                     why = _allocate(part, size)
                     if not why:
-                        return True
+                        return ""
                 freed = self._evict_one(entries)
                 if not freed:
                     break
                 held -= freed
         if size > limit:
             why = why or f"the shard alone has {size / 1e9:.3f} GB"
-        self._say_no_room(url, why or f"all {held / 1e9:.3f} GB in it are being read or fetched")
-        return False
+        return why or f"all {held / 1e9:.3f} GB in it are being read or fetched"
 
-    def _say_no_room(self, url: str, why: str) -> None:
-        if self.shards in _warned_of:
+    def _say_no_room(self, url: str, why: str, quiet: bool) -> None:
+        if quiet or self.shards in _warned_of:
             return
         _warned_of.add(self.shards)
         log.warning(

@@ -13,6 +13,8 @@ from paml.shards.cache import Cancelled, OpenShard, ShardCache, gone
 from paml.shards.manifest import Manifest
 
 _IDLE_SECONDS = 60.0
+_NO_ROOM_SECONDS = 5.0
+"""How long images of a shard are read one by one before the cache is asked again."""
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +70,8 @@ class ShardReader:
         return image
 
     def fetch(self, shard: int, cancelled: Callable[[], bool] = lambda: False) -> None:
-        """Open a shard before it is needed. Raises StorageError, and Cancelled."""
-        self._open_shard(shard, cancelled)
+        """Open a shard before it is needed, if there is room. Raises StorageError, and Cancelled."""
+        self._open_shard(shard, cancelled, early=True)
 
     def is_remote(self, shard: int) -> bool:
         """Whether a shard lies in a bucket."""
@@ -120,7 +122,9 @@ class ShardReader:
         with self._lock:
             return self._opening.setdefault(shard, threading.Lock())
 
-    def _open_shard(self, shard: int, cancelled: Callable[[], bool] = lambda: False) -> OpenShard | None:
+    def _open_shard(
+        self, shard: int, cancelled: Callable[[], bool] = lambda: False, *, early: bool = False
+    ) -> OpenShard | None:
         """The shard, opened; None where the cache has no room for it."""
         with self._turn(shard):
             file = self._open.get(shard)
@@ -129,13 +133,14 @@ class ShardReader:
             path = self.manifest.shard_path(shard)
             if not storage.is_remote(path):
                 file = _open_local(path)
-            elif time.monotonic() < self._no_room.get(shard, 0.0):
+            elif not early and time.monotonic() < self._no_room.get(shard, 0.0):
                 return None
             else:
                 self._close_idle()
-                file = self.cache.open(self.manifest, shard, cancelled)
+                file = self.cache.open(self.manifest, shard, cancelled, quiet=early)
                 if file is None:
-                    self._no_room[shard] = time.monotonic() + _IDLE_SECONDS
+                    if not early:
+                        self._no_room[shard] = time.monotonic() + _NO_ROOM_SECONDS
                     return None
             self._keep(shard, file)
             return file

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,31 @@ def test_what_is_being_read_stays_and_the_rest_comes_past_the_cache(
     assert len(told) == 1
     assert "has no room for" in told[0]
     assert "raise data.cache_gb" in told[0]
+
+
+def test_a_reader_that_lets_go_of_shards_reads_all_through_a_small_cache(
+    s3, remote: Manifest, images: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Also where what is fetched ahead finds no room or takes it from what is needed now."""
+    reader = ShardReader(remote, ShardCache(tmp_path / "cache", largest(remote)))
+    shards = list(range(len(remote.shards)))
+    ahead = FetchAhead(reader, shards, shards, ahead=2)
+    for shard in shards:
+        ahead.reached(shard)
+        rows = remote.rows_of_shard(shard)
+        assert all_right(reader, images, list(range(rows.start, rows.stop)))
+        reader.release([other for other in shards if other != shard + 1])
+    ahead.close()
+    assert reader.cache.held_bytes() <= largest(remote)
+
+
+def test_a_cache_cleared_by_hand_is_filled_again(
+    s3, remote: Manifest, images: dict[str, bytes], tmp_path: Path
+) -> None:
+    reader = ShardReader(remote, str(tmp_path / "cache"))
+    reader.read(0)
+    shutil.rmtree(tmp_path / "cache")
+    assert all_right(reader, images, list(range(COUNT)))
 
 
 def test_a_cache_of_no_bytes_is_a_way_past_it(s3, remote: Manifest, images: dict[str, bytes], tmp_path: Path) -> None:
