@@ -24,6 +24,14 @@ def join(address: str | None = None) -> None:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
 
 
+def leave() -> None:
+    """Stop the Ray that `join` has started in this process; one of others is left alone."""
+    import ray
+
+    if ray.is_initialized() and not is_at_hand():
+        ray.shutdown()
+
+
 def working_dir() -> str | None:
     """The working_dir of the Ray job that this process belongs to, if it has one."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))

@@ -38,6 +38,10 @@ class Counter:
         """Task `name` has done so many units in all."""
         self._done[name] = done
 
+    def reset(self) -> None:
+        """Other tasks begin."""
+        self._done = {}
+
     def total(self) -> int:
         """Units that all tasks have done."""
         return sum(self._done.values())
@@ -49,6 +53,7 @@ class RayTasks:
     def __init__(self, *, cpus_per_task: int | None = None, retries: int = 3) -> None:
         """`cpus_per_task`: by default 1, and up to MAX_CPUS_PER_TASK where there are fewer tasks than CPUs."""
         self._cpus, self._retries = cpus_per_task, retries
+        self._counter: Any = None
 
     @property
     def lanes(self) -> int:
@@ -62,7 +67,10 @@ class RayTasks:
         Ray is spoken to in a thread: a main thread that waits for Ray heeds no signal, and a stopped job has three
         seconds. On a signal's exception the tasks are killed; what their pieces hold is kept.
         """
-        loop = _Loop(work, job, tasks, done, self._cpus, self._retries)
+        if self._counter is None:
+            self._counter = _remote(Counter, num_cpus=0, max_restarts=-1).remote()
+        self._counter.reset.remote()
+        loop = _Loop(work, job, tasks, done, self._cpus, self._retries, self._counter)
         outcome: Future[tuple[list[Any], list[Failure]]] = Future()
 
         def speak() -> None:
@@ -83,12 +91,19 @@ class RayTasks:
 
 class _Loop:
     def __init__(
-        self, work: Work, job: Any, tasks: Sequence[tuple[str, Any]], done: Done, cpus: int | None, retries: int
+        self,
+        work: Work,
+        job: Any,
+        tasks: Sequence[tuple[str, Any]],
+        done: Done,
+        cpus: int | None,
+        retries: int,
+        counter: Any,
     ) -> None:
         self._work, self._tasks, self._done, self._retries = work, tasks, done, retries
         self._cpus_wanted = cpus
         self._job, self._environment = ray.put(job), ray.put(cluster.storage_environment())
-        self._counter = _remote(Counter, num_cpus=0, max_restarts=-1).remote()
+        self._counter = counter
         self._waiting = deque((name, task, 1, 0.0) for name, task in tasks)
         self._running: dict[Any, tuple[str, Any, int]] = {}
         self._memory_of = getattr(job, "memory", lambda threads: 0)
@@ -124,7 +139,6 @@ class _Loop:
             ray.cancel(reference, force=True)
         if not self.stop.is_set():
             self._tell()
-        ray.kill(self._counter)
         return results, failures
 
     def _tell(self) -> None:

@@ -25,6 +25,8 @@ def run_preparation(settings: PrepareSettings) -> int:
 
     settings = at_absolute_paths(settings, _base_folder())
     use_ray = cluster.is_at_hand() if settings.ray is None else settings.ray
+    if use_ray:
+        cluster.join()  # before _stopping: ray.init takes the signals for itself
     with _stopping():
         try:
             if settings.plan:
@@ -36,6 +38,8 @@ def run_preparation(settings: PrepareSettings) -> int:
             _say("stopped; the same command goes on where this one stood")
             sys.stdout.flush()
             sys.stderr.flush()
+            if use_ray:
+                cluster.leave()
             # Threads may wait for a server for a minute; what is whole is in place, what is not is made again.
             os._exit(128 + number)
     return 0
@@ -46,10 +50,8 @@ def _say(line: str) -> None:
 
 
 def _ray_tasks(settings: PrepareSettings) -> Tasks:
-    from paml.distributed import cluster
     from paml.distributed.prepare_ray import RayTasks, refuse_unshared
 
-    cluster.join()
     for folder in (settings.out, settings.images):
         if os.path.isdir(folder) or folder == settings.out:
             refuse_unshared(folder)
@@ -61,9 +63,6 @@ def _cpus_at_hand(use_ray: bool) -> int:
         return os.cpu_count() or 1
     import ray
 
-    from paml.distributed import cluster
-
-    cluster.join()
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
