@@ -1,21 +1,27 @@
-"""LL-R, forward and backward on the CPU, beside the form with a float32 `topk`; both interleaved in one run.
+"""Losses, forward and backward on the CPU, beside a plain form of each; both interleaved in one run.
 
-    python benchmarks/losses.py [--threads 2] [--rounds 15]
+    python benchmarks/losses.py [--threads 2] [--rounds 15]           # LL-R beside the form with a float32 `topk`
+    python benchmarks/losses.py --all [--threads 2] [--rounds 15]     # every loss beside its formula in the tests
 
-Prints for each shape the median milliseconds of both, and the median of the paired ratios.
+Prints for each shape the median milliseconds of both, and the median of the paired ratios. With --all the plain forms
+of LL-R, LL-Ct and LL-Cp are told what to reject, so that theirs is the time of the cost alone.
 """
 
 import argparse
 import math
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from paml.labels.states import NEGATIVE, POSITIVE, UNOBSERVED
-from paml.losses import LossSettings, partial_label_loss
+from paml.losses import LOSSES, LossSettings, partial_label_loss
 
 SHAPES = ((16, 80, 0.03), (128, 5000, 0.002), (512, 5000, 0.002))
 
@@ -32,53 +38,79 @@ def by_topk(logits_BK: Tensor, state_BK: Tensor, rate: Fraction) -> Tensor:
     return torch.where(unobserved_cost_BK < threshold, cost_BK, 0.0).mean()
 
 
-def by_paml(logits_BK: Tensor, state_BK: Tensor, rate: Fraction) -> Tensor:
-    settings = LossSettings(name="ll-r", reject_rate_step=float(rate))
+def by_paml(logits_BK: Tensor, state_BK: Tensor, rate: Fraction, name: str = "ll-r") -> Tensor:
+    settings = LossSettings(name=name, reject_rate_step=float(rate))
     B = len(logits_BK)
     return partial_label_loss(
         logits_BK,
         state_BK,
         settings=settings,
         epoch=2,
+        epochs=8,
         divisor=logits_BK.numel(),
         slots_B=torch.arange(B),
         batch_size=B,
     ).loss
 
 
-def seconds(form, logits_BK: Tensor, state_BK: Tensor, rate: Fraction, times: int) -> float:
+def seconds(form: Callable[[], Tensor], logits_BK: Tensor, times: int) -> float:
     start = time.perf_counter()
     for _ in range(times):
         logits_BK.grad = None
-        form(logits_BK, state_BK, rate).backward()
+        form().backward()
     return (time.perf_counter() - start) / times
+
+
+def compare(
+    title: str, plain: Callable[[], Tensor], paml: Callable[[], Tensor], logits_BK: Tensor, rounds: int
+) -> None:
+    """Print the medians of both, interleaved, after two rounds to warm up."""
+    times = max(1, 100_000 // logits_BK.numel())
+    pairs = [[seconds(form, logits_BK, times) * 1e3 for form in (plain, paml)] for _ in range(rounds + 2)][2:]
+    slow, fast = (statistics.median(values) for values in zip(*pairs, strict=True))
+    ratio = statistics.median(a / b for a, b in pairs)
+    print(f"{title}: plain {slow:.3f} ms, paml {fast:.3f} ms, {ratio:.2f} times as fast", flush=True)
+
+
+def labels(B: int, K: int, annotated: float) -> tuple[Tensor, Tensor]:
+    logits_BK = (torch.randn(B, K) * 1.8 - 4).requires_grad_()
+    state_BK = torch.full((B, K), UNOBSERVED, dtype=torch.int8)
+    state_BK[torch.rand(B, K) < annotated] = NEGATIVE
+    state_BK[torch.rand(B, K) < annotated / 2] = POSITIVE
+    return logits_BK, state_BK
+
+
+def every_loss(rounds: int, threads: int) -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from tests.losses.reference import FORMULAS
+
+    rate = Fraction(1, 100)
+    for B, K, annotated in SHAPES[1:]:
+        for name in LOSSES:
+            logits_BK, state_BK = labels(B, K, 1.5 if name == "full" else annotated)
+            rejected_BK = (state_BK == UNOBSERVED) & (torch.rand(B, K) < float(rate))
+            plain = partial(FORMULAS[name], logits_BK, state_BK, rejected_BK, 2)
+            paml = partial(by_paml, logits_BK, state_BK, rate, name)
+            compare(f"({B}, {K}) {name}, {threads} threads", plain, paml, logits_BK, rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.all:
+        every_loss(options.rounds, options.threads)
+        return
     for B, K, annotated in SHAPES:
         for rate in (Fraction(1, 100), Fraction(5, 100)):
-            logits_BK = (torch.randn(B, K) * 1.8 - 4).requires_grad_()
-            state_BK = torch.full((B, K), UNOBSERVED, dtype=torch.int8)
-            state_BK[torch.rand(B, K) < annotated] = NEGATIVE
-            state_BK[torch.rand(B, K) < annotated / 2] = POSITIVE
-            times = max(1, 100_000 // (B * K))
-            pairs = []
-            for round_ in range(options.rounds + 2):
-                pair = [seconds(form, logits_BK, state_BK, rate, times) * 1e3 for form in (by_topk, by_paml)]
-                if round_ >= 2:
-                    pairs.append(pair)
-            topk, paml = (statistics.median(values) for values in zip(*pairs, strict=True))
-            ratio = statistics.median(a / b for a, b in pairs)
-            print(
-                f"({B}, {K}) rate {float(rate):.0%}, {options.threads} threads: topk {topk:.3f} ms, "
-                f"paml {paml:.3f} ms, {ratio:.1f} times as fast"
-            )
+            logits_BK, state_BK = labels(B, K, annotated)
+            plain, paml = (partial(form, logits_BK, state_BK, rate) for form in (by_topk, by_paml))
+            title = f"({B}, {K}) rate {float(rate):.0%}, {options.threads} threads"
+            compare(title, plain, paml, logits_BK, options.rounds)
 
 
 if __name__ == "__main__":

@@ -46,27 +46,23 @@ def check_focusing(loss: str, settings: object, gammas: tuple[str, ...], clip: f
         raise SettingsError(f"loss.{loss}.clip is {clip}; it is a probability, at least 0 and below 1")
 
 
-def positive_cost(logits_BK: Tensor, gamma: float) -> Tensor:
-    """-(1 - p)^gamma log p, the factor not differentiated."""
-    return torch.exp(-gamma * softplus(logits_BK.detach())) * softplus(-logits_BK)
-
-
-def negative_cost(logits_BK: Tensor, gamma: float, clip: float) -> Tensor:
-    """-m^gamma log(1 - m) with m = max(p - clip, 0), the factor not differentiated."""
-    if clip == 0:
-        return torch.exp(-gamma * softplus(-logits_BK.detach())) * softplus(logits_BK)
-    m = (torch.sigmoid(logits_BK.detach()) - clip).clamp(min=0)
-    # 1 - m = q + clip, so that little of a p near 1 is lost.
-    return m**gamma * -torch.log((torch.sigmoid(-logits_BK) + clip).clamp(max=1))
+def asymmetric(logits_BK: Tensor, positive_BK: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Of every label -log p or -log(1 - m), and its miss, 1 - p or m, which is not differentiated: both [B, K]."""
+    against_BK = torch.where(positive_BK, -logits_BK, logits_BK)
+    cost_BK, miss_BK = softplus(against_BK), torch.sigmoid(against_BK.detach())
+    if clip > 0:
+        # 1 - m = (1 - p) + clip, so that little of a p near 1 is lost.
+        clipped_BK = -torch.log((torch.sigmoid(-logits_BK) + clip).clamp(max=1))
+        cost_BK = torch.where(positive_BK, cost_BK, clipped_BK)
+        miss_BK = torch.where(positive_BK, miss_BK, (miss_BK - clip).clamp(min=0))
+    return cost_BK, miss_BK
 
 
 def cost(logits_BK: Tensor, labels: Labels, settings: ASLSettings, epoch: Epoch) -> Tensor:
     """The cost of every label, [B, K]."""
-    return torch.where(
-        labels.positive,
-        positive_cost(logits_BK, settings.gamma_positive),
-        negative_cost(logits_BK, settings.gamma_negative, settings.clip),
-    )
+    cost_BK, miss_BK = asymmetric(logits_BK, labels.positive, settings.clip)
+    weight_BK = torch.where(labels.positive, miss_BK**settings.gamma_positive, miss_BK**settings.gamma_negative)
+    return weight_BK * cost_BK
 
 
 LOSS = Loss(per_label=cost, divisor="images", settings="asl")

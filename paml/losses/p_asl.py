@@ -27,7 +27,7 @@ from torch import Tensor
 
 from paml.errors import SettingsError
 from paml.labels.states import UNOBSERVED
-from paml.losses.asl import check_focusing, negative_cost, positive_cost
+from paml.losses.asl import asymmetric, check_focusing
 from paml.losses.base import LEFT_OUT, Epoch, Labels, Loss, Place
 from paml.losses.select import select_rejected
 
@@ -55,14 +55,10 @@ class PASLSettings:
 
 def cost(logits_BK: Tensor, labels: Labels, settings: PASLSettings, epoch: Epoch, *, weight: float) -> Tensor:
     """The cost of every label, [B, K], with the weight of an unobserved one."""
-    unobserved = torch.zeros_like(logits_BK)
-    if weight:
-        unobserved = weight * negative_cost(logits_BK, settings.gamma_unobserved, settings.clip)
-    return torch.where(
-        labels.positive,
-        positive_cost(logits_BK, settings.gamma_positive),
-        torch.where(labels.unobserved, unobserved, negative_cost(logits_BK, settings.gamma_negative, settings.clip)),
-    )
+    cost_BK, miss_BK = asymmetric(logits_BK, labels.positive, settings.clip)
+    observed_BK = torch.where(labels.positive, miss_BK**settings.gamma_positive, miss_BK**settings.gamma_negative)
+    unobserved_BK = weight * miss_BK**settings.gamma_unobserved
+    return torch.where(labels.unobserved, unobserved_BK, observed_BK) * cost_BK
 
 
 def most_likely(logits_BK: Tensor, state_BK: Tensor, settings: PASLSettings, epoch: Epoch, place: Place) -> Tensor:
