@@ -56,7 +56,7 @@ def showing(progress: Progress | None, say: Callable[[str], None] | None = None)
         with _bars() as show:
             yield show
     else:
-        yield _lines(say or (lambda line: print(line, file=sys.stderr, flush=True)))
+        yield lines(say or (lambda line: print(line, file=sys.stderr, flush=True)))
 
 
 @contextlib.contextmanager
@@ -79,15 +79,16 @@ def _bars() -> Iterator[Progress]:
             bar.close()
 
 
-def _lines(say: Callable[[str], None]) -> Progress:
+def lines(say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Progress:
+    """Progress as a line every ten seconds."""
     rates: dict[str, Rate] = {}
-    said = time.monotonic()
+    said = clock()
 
     def show(what: str, done: int, total: int) -> None:
         nonlocal said
-        rate = rates.setdefault(what, Rate()).update(done)
-        if time.monotonic() - said >= _LINE_SECONDS:
-            said = time.monotonic()
+        rate = rates.setdefault(what, Rate(clock)).update(done)
+        if clock() - said >= _LINE_SECONDS:
+            said = clock()
             say(line_of(what, done, total, rate))
 
     return show

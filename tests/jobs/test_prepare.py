@@ -16,6 +16,7 @@ from paml.distributed.prepare_run import at_absolute_paths
 from paml.errors import SettingsError
 from paml.labels import LabelTable
 from paml.prepare import OwnSettings, PrepareSettings, prepare
+from paml.prepare_plan import plan
 from paml.shards import Manifest, ShardSettings, verify_shards
 from tests.helpers.jobs import PREPARE, Job, environment, write_scenes
 from tests.shards.images import encoded, picture
@@ -108,6 +109,25 @@ def test_the_plan_tells_images_and_bytes_and_writes_nothing(scenes: Path, tmp_pa
     money = re.search(r"US dollars: ([\d,.]+) once \(nodes ([\d,.]+), egress 0.00", done.stdout)
     assert money is not None
     assert float(money[1].replace(",", "")) > 0
+
+
+def test_the_plan_reckons_with_what_the_bucket_lacks(scenes: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for split in SPLITS:
+        (images / split).mkdir(parents=True)
+        for photo in sorted((scenes / "images" / split).iterdir())[::2]:
+            (images / split / photo.name).write_bytes(photo.read_bytes())
+    said: list[str] = []
+    (train,) = plan(settings_of(scenes, tmp_path / "out", images=str(images), images_from="bucket", splits=("train",)),
+        cpus=4, say=said.append)  # fmt: skip
+    sizes = [photo.stat().st_size for photo in (images / "train").iterdir()]
+    assert (train.asked, train.images, train.sample.found, train.sample.asked) == (60, 30.0, 30, 60)
+    assert train.bytes_in == pytest.approx(sum(sizes))
+    prepare(settings_of(scenes, tmp_path / "made", images=str(images), splits=("train",)), said.append)
+    assert train.bytes_out == pytest.approx(
+        Manifest.open(tmp_path / "made" / "shards" / "train").report["bytes"], rel=0.5
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

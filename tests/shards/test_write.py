@@ -441,6 +441,44 @@ def test_killed_at_random_moments_the_shards_come_out_the_same(tmp_path: Path) -
     assert kills >= 4
 
 
+LARGE = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from paml.shards import ShardSettings, write_parts
+from paml.shards.tasks import LocalTasks
+from tests.helpers.parts import drawn_parts
+from tests.shards.images import encoded
+from PIL import Image
+
+class Same:
+    name, images, bytes = "one photo under many keys", 1500, None
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    photo = encoded(Image.fromarray(noise), quality=95)
+    def __iter__(self):
+        return ((f"{i:016x}", self.photo) for i in range(self.images))
+
+settings = ShardSettings(resize="original", samples_per_shard=20)
+options = {"tasks": LocalTasks(2), "piece_bytes": 4 << 20, "group_bytes": 4 << 20}
+write_parts(drawn_parts(40, 2), sys.argv[1] + "/warm", settings, **options)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+report = write_parts([Same()], sys.argv[1] + "/large", settings, **options)
+print(report.bytes >> 20, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_pieces_and_groups_not_of_the_source(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE, str(tmp_path)], capture_output=True, text=True, cwd=root, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    written, grown = map(int, done.stdout.split())
+    assert written > 150
+    assert grown < 60
+
+
 def test_a_file_size_limit_gives_a_clear_error(tmp_path: Path) -> None:
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({10 << 10}, {resource.RLIM_INFINITY}))\n"
     writer = start_writer(tmp_path / "out", 100, limit)
