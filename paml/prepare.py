@@ -92,8 +92,8 @@ class PrepareSettings:
     """Folder or s3://bucket/prefix of {split}/ image folders, or of {split}*.tar or {split}*.tar.gz files."""
     images_from: Images = "auto"
     """`folder`: list {split}/ and take the images there. `bucket`: ask for {split}/{key}.jpg of each labelled image,
-    without listing. `tars`: read {split}*.tar and {split}*.tar.gz. `auto`: a local folder, else tars, else (s3://)
-    `bucket` with only_labelled, and `folder` without."""
+    without listing. `tars`: read {split}*.tar and {split}*.tar.gz. `auto`: on a disk the folder, or tars where there
+    is none; in S3 `bucket` with only_labelled, and `folder` without."""
     flickr: bool = False
     """Fetch labelled images that `images` lacks from their original addresses (images.csv of the release), politely:
     days for millions. About a fifth of them are gone."""

@@ -184,16 +184,17 @@ def write_parts(
     """
     settings = settings or ShardSettings()
     out = os.fspath(out_folder)
-    if storage.exists(storage.join(out, MANIFEST_NAME)):
-        return _finished_report(out, settings)
-    storage.ensure_writable(out)
     work = os.fspath(work_folder) if work_folder is not None else storage.join(out, PARTIAL)
+    if storage.exists(storage.join(out, MANIFEST_NAME)):
+        done = _finished_report(out, settings)
+        _tidy(out, work)
+        return done
+    storage.ensure_writable(out)
     wanted = None if wanted_keys is None else _strings(wanted_keys)
     with _only_writer(work), showing(progress) as report:
         run = _Run(parts, out, work, settings, wanted, expected_count, tasks or LocalTasks(), report)
         result = run.to_the_end(piece_bytes, group_bytes)
-        storage.delete_folder(work)
-        _remove_torn_files(out)
+        _remove_intermediate_files(out, work)
     return result
 
 
@@ -231,8 +232,16 @@ def _only_writer(work: str) -> Iterator[None]:
         yield
 
 
-def _remove_torn_files(out: str) -> None:
-    """What a killed run was writing when it was killed."""
+def _tidy(out: str, work: str) -> None:
+    """Remove what a run left that was killed after its last shard, unless another one is about to."""
+    if storage.list_files(work):
+        with contextlib.suppress(StorageError), _only_writer(work):
+            _remove_intermediate_files(out, work)
+
+
+def _remove_intermediate_files(out: str, work: str) -> None:
+    """The pieces, and what a killed run was writing when it was killed."""
+    storage.delete_folder(work)
     if not storage.is_remote(out):
         for name in os.listdir(out):
             if name.endswith(".paml-tmp"):

@@ -353,6 +353,17 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
         write_shards(source(20), tmp_path, ShardSettings(size=48))
 
 
+def test_what_a_run_left_that_was_killed_at_its_very_end_is_removed(tmp_path: Path) -> None:
+    write_shards(source(20), tmp_path, SMALL)
+    before = all_bytes(tmp_path)
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / "0123-00000.piece").write_bytes(b"left")
+    (tmp_path / ".0123.paml-tmp").write_bytes(b"torn")
+    assert write_shards(source(20), tmp_path, SMALL).already_done
+    assert all_bytes(tmp_path) == before
+    assert not (tmp_path / ".partial").exists()
+
+
 def test_a_cut_run_refuses_other_settings(tmp_path: Path) -> None:
     with pytest.raises(Cut):
         write_shards(cut_after(source(5), 5), tmp_path, SMALL, expected_count=20)
