@@ -141,7 +141,8 @@ class ShardCache:
             found = self._look(info.sha256)
             if found is not None and again and not self._whole(found, info.bytes, info.sha256):
                 log.warning("%s in the cache is damaged: %s is fetched again", found.path, url)
-                os.unlink(found.path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(found.path)
                 found = None
             if found is not None:
                 self._add(hits=1)
@@ -226,7 +227,10 @@ class ShardCache:
 
     def _whole(self, found: OpenShard, size: int, sha256: str) -> bool:
         """Whether a cached file still is what was fetched; what is damaged in the bucket counts as such."""
-        return not found.verified or (found.bytes == size and storage.sha256_of(found.path)[0] == sha256)
+        try:
+            return not found.verified or (found.bytes == size and storage.sha256_of(found.path)[0] == sha256)
+        except OSError:  # the disk gives it no more
+            return False
 
     def _fetch(self, url: str, sha256: str, size: int, cancelled: Callable[[], bool], quiet: bool) -> OpenShard | None:
         """Called by the holder of the shard's lock."""
@@ -259,10 +263,10 @@ class ShardCache:
                 "their CRC-32 agrees; write or copy it again",
                 url,
             )
-        os.replace(part, os.path.join(self.shards, f"{sha256}.tar" if digest == sha256 else f"{sha256}.damaged.tar"))
+        found = OpenShard(part, cached=True, verified=digest == sha256)  # held before others can see and evict it
+        found.path = os.path.join(self.shards, f"{sha256}.tar" if found.verified else f"{sha256}.damaged.tar")
+        os.replace(part, found.path)
         self._add(misses=1)
-        found = self._look(sha256)
-        assert found is not None, "its lock is held"
         return found
 
     def _download(self, url: str, part: str, size: int, cancelled: Callable[[], bool]) -> tuple[str, int]:
@@ -306,7 +310,7 @@ class ShardCache:
                     if not why:
                         return ""
                 freed = self._evict_one(entries)
-                if not freed:
+                if freed is None:
                     break
                 held -= freed
         if size > limit:
@@ -337,8 +341,8 @@ class ShardCache:
                         found.append((entry.path, stat.st_mtime_ns, stat.st_size))
         return found
 
-    def _evict_one(self, entries: list[tuple[str, int, int]]) -> int:
-        """Bytes freed by removing the least recently used shard that nobody has open; 0 where there is none."""
+    def _evict_one(self, entries: list[tuple[str, int, int]]) -> int | None:
+        """Bytes freed by removing the least recently used shard that nobody has open; None where there is none."""
         for entry in list(entries):
             path, _, size = entry
             if not path.endswith(".tar"):
@@ -355,7 +359,7 @@ class ShardCache:
                     return size
             finally:
                 os.close(handle)
-        return 0
+        return None
 
     def _clear_abandoned(self) -> None:
         """Remove the half files of processes that are no more."""
