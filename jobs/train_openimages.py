@@ -15,11 +15,10 @@ from paml.training.settings import TrainSettings
 
 RECIPE = Path(__file__).resolve().parent / "recipes" / "openimages_v3.yaml"
 OPENIMAGES = "data/openimages_v3"
-TWO_COMMANDS = """Two commands make the Open Images V3 data (some 600 GB of downloads). Get the release and its images:
-  mkdir -p downloads && for part in annotations_human classes; do curl -fsSL \
-  https://storage.googleapis.com/openimages/2017_11/${part}_2017_11.tar.gz | tar xz -C downloads; done && \
-  aws s3 cp --no-sign-request --recursive s3://open-images-dataset/tar/ downloads/images/
-Make shards and label tables of them:
+TWO_COMMANDS = """Two commands make the Open Images V3 data. See what it takes in hours, disk and money:
+  python jobs/prepare_openimages.py --config jobs/recipes/openimages_v3_data.yaml --plan true
+Fetch the release from https://storage.googleapis.com/openimages/2017_11/ and the images from their public bucket, and
+make shards and label tables of them (it can be stopped and started at will, and runs on a cluster by ray job submit):
   python jobs/prepare_openimages.py --config jobs/recipes/openimages_v3_data.yaml"""
 
 

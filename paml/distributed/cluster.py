@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+_STAYS = "~/paml"
 STORAGE_VARIABLES = ("AWS_", "PAML_", "NO_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "SSL_CERT_FILE")
 """Beginnings of the environment variables that reading and writing depend on."""
 
@@ -36,6 +37,22 @@ def working_dir() -> str | None:
     """The working_dir of the Ray job that this process belongs to, if it has one."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     return (job.get("runtime_env") or {}).get("working_dir")
+
+
+def base_folder() -> str:
+    """Where relative paths begin: PAML_HOME, else the current folder.
+
+    A job submitted with --working-dir runs in an unpacked copy that Ray removes, where no data lie and no result
+    would stay; there it is the folder `paml` of the user's home, and a line says so.
+    """
+    home = os.environ.get("PAML_HOME")
+    if home is not None:
+        return home
+    if working_dir() is None:
+        return os.getcwd()
+    home = os.path.expanduser(_STAYS)
+    print(f"relative paths begin at {home}, since Ray removes the folder of this job (PAML_HOME sets another one)")
+    return home
 
 
 def task_environment() -> dict[str, Any]:

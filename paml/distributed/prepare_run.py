@@ -13,8 +13,6 @@ from paml.prepare import PrepareSettings, prepare
 from paml.prepare_plan import plan, planned_cpus
 from paml.shards.tasks import Tasks
 
-_STAYS = "~/paml"
-
 
 def run_preparation(settings: PrepareSettings) -> int:
     """Prepare as `settings` say, or print the plan. Returns 0; a stop ends the process with 128 + signal.
@@ -23,7 +21,7 @@ def run_preparation(settings: PrepareSettings) -> int:
     """
     from paml.distributed import cluster
 
-    settings = at_absolute_paths(settings, _base_folder())
+    settings = at_absolute_paths(settings, cluster.base_folder())
     use_ray = cluster.is_at_hand() if settings.ray is None else settings.ray
     if use_ray:
         cluster.join()  # before _stopping: ray.init takes the signals for itself
@@ -64,21 +62,6 @@ def _cpus_at_hand(use_ray: bool) -> int:
     import ray
 
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
-
-
-def _base_folder() -> str:
-    """Where relative paths begin: PAML_HOME, else the current folder. A job submitted with --working-dir runs in an
-    unpacked copy that Ray removes, so there it is the folder `paml` of the user's home."""
-    from paml.distributed import cluster
-
-    home = os.environ.get("PAML_HOME")
-    if home is not None:
-        return home
-    if cluster.working_dir() is None:
-        return os.getcwd()
-    home = os.path.expanduser(_STAYS)
-    _say(f"relative paths begin at {home}, since Ray removes the folder of this job (PAML_HOME sets another one)")
-    return home
 
 
 def at_absolute_paths(settings: PrepareSettings, base: str) -> PrepareSettings:

@@ -18,6 +18,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from paml import storage
+from paml.distributed import cluster
 from paml.distributed.console import Console, ConsoleHandler, RemoteBar, printing
 from paml.errors import PamlError, SettingsError
 from paml.tracking.journal import Journal
@@ -28,14 +29,11 @@ from paml.training.world import current_world
 
 def connect(settings: WorkerSettings) -> None:
     """Join the cluster of `workers.address` or RAY_ADDRESS; where there is none, start Ray in this process."""
-    if ray.is_initialized():
-        return
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(settings.collective_timeout_seconds))
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a lost node is a lost worker, replaced below
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Workers speak through Console; what else Ray's processes print stays in Ray's log folder.
-    ray.init(address=settings.address, logging_level=logging.WARNING, log_to_driver=False)
+    cluster.join(settings.address)
 
 
 def resources_per_worker(settings: WorkerSettings, cluster: dict[str, float]) -> dict[str, float]:
@@ -124,7 +122,12 @@ def _fit(settings: TrainSettings, run_folder: str, resources: dict, console: Any
     """One attempt; None when it finished. Its name is new each time, so Ray never takes up an old one in silence."""
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"settings": settings, "run_folder": run_folder, "console": console},
+        train_loop_config={
+            "settings": settings,
+            "run_folder": run_folder,
+            "console": console,
+            "storage": ray.put(cluster.storage_environment()),  # a reference, since dashboards show what stands here
+        },
         torch_config=TorchConfig(
             backend="nccl" if "GPU" in resources else "gloo", timeout_s=int(settings.workers.collective_timeout_seconds)
         ),
@@ -135,7 +138,7 @@ def _fit(settings: TrainSettings, run_folder: str, resources: dict, console: Any
             name=f"{settings.run.name}-{time.time_ns()}",
             storage_path=_ray_storage(run_folder),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-            worker_runtime_env=_worker_environment(),
+            worker_runtime_env=cluster.task_environment(),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -152,16 +155,9 @@ def _ray_storage(run_folder: str) -> str:
     return folder if storage.is_remote(folder) else str(Path(folder).resolve())
 
 
-def _worker_environment() -> dict[str, Any]:
-    """Let workers find this paml: by the job's working_dir where it has one, else at this checkout's path."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    if job.get("runtime_env", {}).get("working_dir"):
-        return {}
-    return {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}}
-
-
 def _worker(config: dict[str, Any]) -> None:
     settings, run_folder, console = config["settings"], config["run_folder"], config["console"]
+    os.environ.update(ray.get(config["storage"]))
     world = current_world()
     if world.first:
         logging.getLogger().addHandler(ConsoleHandler(console))

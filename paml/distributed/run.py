@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from paml import __version__, storage
+from paml.distributed import cluster
 from paml.errors import SettingsError, Stopped
 from paml.metrics import Scores, score_table, write_per_class
 from paml.tracking import Journal, MlflowFollower, SystemSampler
@@ -33,7 +34,7 @@ def run_training(settings: TrainSettings) -> int:
     Returns 0. Raises PamlError for what the user has to mend; a stop exits with 128 + signal. The journal then
     says FAILED or KILLED, and `--run.resume true` goes on from the newest checkpoint.
     """
-    settings = at_absolute_paths(settings, _base_folder(settings))
+    settings = at_absolute_paths(settings, cluster.base_folder())
     run_folder = run_folder_of(settings)
     data = open_data(settings.data)
     claim_run(settings, run_folder)
@@ -72,31 +73,6 @@ def run_training(settings: TrainSettings) -> int:
     if follower is not None and follower.close(timeout=60.0) == 0:
         print(f"MLflow: {follower.tracking_uri}, experiment {settings.run.experiment}, run {follower.run_id}")
     return 0
-
-
-def _base_folder(settings: TrainSettings) -> str:
-    """Where relative paths begin: PAML_HOME, else the current folder.
-
-    A job submitted with --working-dir runs in an unpacked copy that Ray removes, where no data lie and no result
-    would stay; relative paths are refused there.
-    """
-    home = os.environ.get("PAML_HOME")
-    if home is None and ray_working_dir() is not None:
-        paths = {"run.storage": settings.run.storage, "data.root": settings.data.root}
-        relative = [name for name, path in paths.items() if not (storage.is_remote(path) or os.path.isabs(path))]
-        if relative:
-            raise SettingsError(
-                f"{' and '.join(relative)}: a relative path, but this job was submitted with --working-dir and runs "
-                "in a copy that Ray removes. Give an absolute path or s3://, or set PAML_HOME to the folder at which "
-                'relative paths begin: --runtime-env-json \'{"env_vars": {"PAML_HOME": "..."}}\''
-            )
-    return home or os.getcwd()
-
-
-def ray_working_dir() -> str | None:
-    """The working_dir of the Ray job that this driver belongs to, if it has one."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    return (job.get("runtime_env") or {}).get("working_dir")
 
 
 def claim_run(settings: TrainSettings, run_folder: str) -> None:

@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import ray
-from paml.distributed import ray_train
+from paml.distributed import cluster, ray_train
 from paml.training.settings import WorkerSettings
 
 ray_train.connect(WorkerSettings())
 
-@ray.remote(num_cpus=0.1, runtime_env=ray_train._worker_environment())
+@ray.remote(num_cpus=0.1, runtime_env=cluster.task_environment())
 def where():
     import paml
     return paml.__file__
