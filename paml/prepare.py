@@ -25,7 +25,7 @@ from paml.sources.flickr import FlickrSettings, flickr_parts
 from paml.sources.folder import KeyRule, folder_parts, key_of
 from paml.sources.own import own_labels
 from paml.sources.parts import Part, Payload
-from paml.sources.release import V3, fetch_release
+from paml.sources.release import V3, ReleaseFiles, fetch_release, find_release_files
 from paml.sources.tars import TAR_SUFFIXES, count_tars, tar_parts
 
 Images = Literal["auto", "folder", "bucket", "tars"]
@@ -102,7 +102,7 @@ class PrepareSettings:
     splits: tuple[str, ...] = ("train", "validation", "test")
     """Splits to prepare."""
     annotations: str = "{split}/annotations-human.csv"
-    """Annotation file of a split, below `release`. V4 to V7: {split}-annotations-human-imagelabels.csv."""
+    """Annotation file of a split, below `release`; where it is not there, the names of V3 to V7 are looked for."""
     classes: str = "classes-trainable.txt"
     """The classes in the order of the head, below `release`: one MID a line."""
     descriptions: str | None = "class-descriptions.csv"
@@ -170,12 +170,27 @@ class FewAtATime:
         return iter(self.part)
 
 
+def release_files(settings: PrepareSettings, split: str) -> ReleaseFiles:
+    """The files of a split by the names that `settings` give or, where those are not there, by those of V3 to V7.
+
+    Raises DataError that says what is absent and where it comes from.
+    """
+    annotations = storage.join(settings.release, settings.annotations.format(split=split))
+    classes = storage.join(settings.release, settings.classes)
+    if not (storage.exists(annotations) and storage.exists(classes)):
+        return find_release_files(settings.release, split)
+    descriptions = settings.descriptions and storage.join(settings.release, settings.descriptions)
+    images = storage.join(settings.release, f"{split}/images.csv")
+    return ReleaseFiles(annotations, classes, descriptions, images if storage.exists(images) else None)
+
+
 def has_release(settings: PrepareSettings) -> bool:
     """Whether all files of the release that `settings` need are there."""
-    names = [settings.classes, *(settings.annotations.format(split=split) for split in settings.splits)]
-    if settings.flickr:
-        names += [f"{split}/images.csv" for split in settings.splits]
-    return all(storage.exists(storage.join(settings.release, name)) for name in names)
+    try:
+        found = [release_files(settings, split) for split in settings.splits]
+    except DataError:
+        return False
+    return not settings.flickr or all(files.images for files in found)
 
 
 def fetch(settings: PrepareSettings, say: Callable[[str], None]) -> None:
@@ -194,7 +209,7 @@ def label_table(settings: PrepareSettings, split: str, labels_folder: str, say: 
     out = storage.join(labels_folder, f"{split}.arrow")
     own = settings.own
     if own.labels is None:
-        return _table(settings, settings.release, split, out, say)
+        return _table(settings, release_files(settings, split).annotations, split, out, say)
     first = storage.join(labels_folder, f"{settings.splits[0]}.classes.csv")
     classes = own.classes or (first if split != settings.splits[0] else None)
     path = own.labels.format(split=split)
@@ -203,14 +218,10 @@ def label_table(settings: PrepareSettings, split: str, labels_folder: str, say: 
     return LabelTable.open(out)
 
 
-def _table(settings: PrepareSettings, folder: str, split: str, out: str, say: Callable[[str], None]) -> LabelTable:
-    descriptions = settings.descriptions and storage.join(settings.release, settings.descriptions)
+def _table(settings: PrepareSettings, annotations: str, split: str, out: str, say: Callable[[str], None]) -> LabelTable:
+    files = release_files(settings, split)
     report = build_label_table(
-        storage.join(folder, settings.annotations.format(split=split)),
-        storage.join(settings.release, settings.classes),
-        out,
-        descriptions=descriptions,
-        settings=settings.labels,
+        annotations, files.classes, out, descriptions=files.descriptions, settings=settings.labels
     )
     say(str(report))
     return LabelTable.open(out)
@@ -287,7 +298,11 @@ def _flickr(settings: PrepareSettings, split: str, table: LabelTable, folder: st
     lacking = missing_keys(table, have)
     if not lacking:
         return []
-    listed = storage.join(settings.release, f"{split}/images.csv")
+    listed = release_files(settings, split).images
+    if listed is None:
+        raise DataError(
+            f"{settings.release} has no list of the images' addresses for {split!r} (V3: {split}/images.csv)"
+        )
     return [FewAtATime(part) for part in flickr_parts(listed, lacking, settings.flickr_requests)]
 
 
@@ -320,7 +335,8 @@ def prepare(
         table = label_table(settings, split, labels, say)
         if settings.full_labels is not None:
             out = storage.join(labels, f"{split}-full.arrow")
-            full = _table(settings, settings.full_labels, split, out, say)
+            true = storage.join(settings.full_labels, settings.annotations.format(split=split))
+            full = _table(settings, true, split, out, say)
             if split == "train" and settings.single_positive_seed is not None:
                 path = storage.join(labels, "train-single.arrow")
                 single = observe_single_positive(full, path, settings.single_positive_seed)

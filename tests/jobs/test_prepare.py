@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from paml.distributed.prepare_run import at_absolute_paths
-from paml.errors import SettingsError
+from paml.errors import DataError, SettingsError
 from paml.labels import LabelTable
 from paml.prepare import OwnSettings, PrepareSettings, prepare
 from paml.prepare_plan import plan
@@ -71,6 +71,23 @@ def test_folder_bucket_and_tars_give_the_same_shards(scenes: Path, tmp_path: Pat
     prepare(settings_of(scenes, tmp_path / "bucket", images_from="bucket"), said.append)
     assert shard_bytes(tmp_path / "folder") == shard_bytes(tmp_path / "tar") == shard_bytes(tmp_path / "bucket")
     assert Manifest.open(tmp_path / "tar" / "shards" / "train").num_samples == 60
+
+
+def test_later_releases_are_found_by_their_own_names(scenes: Path, tmp_path: Path) -> None:
+    v3, v7 = scenes / "2017_11", tmp_path / "v7"
+    v7.mkdir()
+    for name in ("classes-trainable.txt", "class-descriptions.csv"):
+        shutil.copy(v3 / name, v7 / f"oidv7-{name}")
+    for split, short in (("train", "train"), ("validation", "val"), ("test", "test")):
+        shutil.copy(v3 / split / "annotations-human.csv", v7 / f"oidv7-{short}-annotations-human-imagelabels.csv")
+    for out, release in (("a", v3), ("b", v7)):
+        prepare(settings_of(scenes, tmp_path / out, release=str(release)), lambda line: None)
+    for split in SPLITS:
+        old, new = (LabelTable.open(str(tmp_path / out / "labels" / f"{split}.arrow")) for out in "ab")
+        assert (new.digest, new.names) == (old.digest, old.names)
+    (v7 / "oidv7-val-annotations-human-imagelabels.csv").unlink()
+    with pytest.raises(DataError, match="holds no oidv7-val-annotations-human-imagelabels.csv for 'validation'"):
+        prepare(settings_of(scenes, tmp_path / "c", release=str(v7)), lambda line: None)
 
 
 def test_what_is_missing_ends_in_the_coverage_report(scenes: Path, tmp_path: Path) -> None:
