@@ -92,7 +92,7 @@ def main(args: list[str] | None = None) -> int:
     from jsonargparse import auto_cli
 
     try:
-        auto_cli([info, cut, merge, split, csv], args=args)
+        auto_cli([info, cut, merge, split, csv], args=args, prog="python -m paml.labels")
     except (LabelError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
