@@ -136,7 +136,7 @@ def sources(root: Path, images: int, mds: bool) -> dict[str, Source]:
     tars = sorted(str(tar) for tar in (root / "shards").glob("*.tar"))
     manifest, table = Manifest.open(root / "shards"), LabelTable.open(str(root / "labels"))
     samples = join(manifest, table)
-    plan = plan_epoch(samples, batch_size=BATCH, epoch=1, seed=0, window=16384)
+    plan = plan_epoch(samples, batch_size=BATCH, epoch=1, seed=0, window=1024)
 
     def research(workers: int) -> Iterator[int]:
         few = ResearchFiles(large[: max(2 * BATCH * workers, images // 5)])

@@ -28,8 +28,9 @@ class DataSettings:
     """Side of the training picture in pixels; null takes the size of the shards as stored."""
     flip: float = 0.5
     """Share of the training images mirrored in an epoch, 0 to 1."""
-    shuffle_window: int = 16384
-    """Samples shuffled together; larger mixes better, smaller touches fewer shards at a time."""
+    shuffle_window: int = 1024
+    """Samples of a stream shuffled together, over what their hashed places in the shards mix already. Larger suits
+    other people's shards, sorted by class; smaller keeps fewer shards in use at a time (benchmarks/plan.txt)."""
     probe: float = 0.01
     """Share of the observed training labels hidden to estimate the rejection's recall, 0 to below 1."""
     decode_threads: int | None = None

@@ -128,15 +128,16 @@ def train_loader(
 ) -> Loader:
     """The worker's share of a training epoch, from global batch `start` on."""
     split, own = data.train, settings.data
+    slots = worker_slots(settings.batch_size, world.rank, world.size)
     plan = plan_epoch(
         split.samples,
         batch_size=settings.batch_size,
         epoch=epoch,
         seed=settings.seed,
         window=own.shuffle_window,
+        slots=slots,
     )
     labels = LabelSource(split.table, split.truth, split.truth_rows, overlay, probe, settings.seed)
-    slots = worker_slots(settings.batch_size, world.rank, world.size)
     return _loader(settings, split, labels, plan, slots, data.image_size, world, epoch, start, own.flip)
 
 
