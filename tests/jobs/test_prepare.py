@@ -86,7 +86,7 @@ def test_later_releases_are_found_by_their_own_names(scenes: Path, tmp_path: Pat
         old, new = (LabelTable.open(str(tmp_path / out / "labels" / f"{split}.arrow")) for out in "ab")
         assert (new.digest, new.names) == (old.digest, old.names)
     (v7 / "oidv7-val-annotations-human-imagelabels.csv").unlink()
-    with pytest.raises(DataError, match="holds no oidv7-val-annotations-human-imagelabels.csv for 'validation'"):
+    with pytest.raises(DataError, match=r"holds no oidv7-val-annotations-human-imagelabels\.csv for 'validation'"):
         prepare(settings_of(scenes, tmp_path / "c", release=str(v7)), lambda line: None)
 
 
