@@ -1,7 +1,6 @@
 import os
 import pickle
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -93,21 +92,9 @@ def test_few_files_are_open_at_a_time_and_none_for_ever(folder: Path) -> None:
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    moto_server = pytest.importorskip("moto.server")
-    server = moto_server.ThreadedMotoServer(port=0)
-    server.start()
-    _, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+def bucket(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     monkeypatch.setenv("PAML_CACHE", str(tmp_path / "cache"))
-    import boto3
-
-    boto3.client("s3").create_bucket(Bucket="images")
-    yield "s3://images"
-    server.stop()
+    return s3
 
 
 def test_shards_in_a_bucket_are_the_local_ones_and_are_checked_on_arrival(bucket: str, tmp_path: Path) -> None:

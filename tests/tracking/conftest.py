@@ -146,25 +146,3 @@ def differences(run_folder: str, uri: str) -> list[str]:
 @pytest.fixture
 def run_folder(tmp_path):
     return str(tmp_path / "runs" / "one")
-
-
-@pytest.fixture
-def s3(monkeypatch):
-    """A bucket of moto's server."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    emulator = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    emulator.start()
-    host, port = emulator.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL_S3": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket="runs")
-    yield "s3://runs"
-    emulator.stop()
