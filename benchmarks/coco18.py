@@ -33,11 +33,15 @@ ROWS = {  # name: (training, alpha in scoring)
 }
 
 
-def settings_of(training: str, labels: str, storage: str, frozen_layers: int | None) -> TrainSettings:
+def settings_of(
+    training: str, labels: str, storage: str, frozen_layers: int | None = None, epochs: int | None = None
+) -> TrainSettings:
     """The recipe with the loss, the boost and the label table of a training."""
     base = unflatten(TrainSettings, flatten(yaml.safe_load(RECIPE.read_text())))
     if frozen_layers is not None:
         base = dataclasses.replace(base, model=dataclasses.replace(base.model, frozen_layers=frozen_layers))
+    if epochs is not None:
+        base = dataclasses.replace(base, epochs=epochs)
     boosted = training.endswith("-boost")
     alphas = (5.0, 1.0) if boosted else (1.0, 5.0)
     name = {"full": "full", "an": "an", "llr": "ll-r"}[training.removesuffix("-boost")]
@@ -67,13 +71,18 @@ def main() -> None:
     parser.add_argument("--labels", choices=TABLES, default="single")
     parser.add_argument("--storage", default="runs/coco18")
     parser.add_argument("--frozen-layers", type=int, help="other than the recipe's; 0 trains end to end")
+    parser.add_argument("--epochs", type=int, help="other than the recipe's")
+    parser.add_argument("--only", nargs="*", help="of the trainings full, an, an-boost, llr, llr-boost; no table then")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    names = options.only or dict.fromkeys(name for name, _ in ROWS.values())
     found = {
-        name: run(settings_of(name, options.labels, options.storage, options.frozen_layers))
-        for name, _ in ROWS.values()
+        name: run(settings_of(name, options.labels, options.storage, options.frozen_layers, options.epochs))
+        for name in names
     }
+    if options.only:
+        return
     scores = {row: 100 * found[name].test[alpha].map for row, (name, alpha) in ROWS.items()}
     below, above = scores["AN"], scores["full labels"]
     print(f"\n| {options.labels} | test mAP | gap closed | best epoch |\n|---|---|---|---|")
