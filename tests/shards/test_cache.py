@@ -217,7 +217,7 @@ def test_eviction_under_readers_of_several_processes(s3, remote: Manifest, tmp_p
     cache, stop, over = ShardCache(tmp_path / "cache", limit), threading.Event(), []
 
     def really_held() -> int:
-        """A listing is no snapshot: only under the lock does nothing come or go, and a file just renamed counts once."""
+        """A listing is no snapshot: under the lock nothing comes or goes, and a file just renamed counts once."""
         with cache._lock("room.lock"):
             found = {}
             for file in (tmp_path / "cache" / "shards").iterdir():
