@@ -29,7 +29,7 @@ def _best_test_map(root: Path, data: Path, seed: int, options: list[str]) -> flo
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_llr_with_boostlu_beats_an_over_three_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "DATA", tmp_path)
     gains = []
