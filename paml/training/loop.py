@@ -21,6 +21,7 @@ from paml.losses import LOSSES, check_reject_rate
 from paml.metrics import Scores, scores
 from paml.models.cam import CamClassifier, build_model, set_training
 from paml.shards.cache import Traffic
+from paml.training.allocator import keep_memory
 from paml.training.checkpoint import (
     Checkpoint,
     checkpoint_name,
@@ -128,6 +129,8 @@ def train(settings: TrainSettings, world: World, watcher: Watcher) -> Result:
     Goes on from the newest whole checkpoint of the run's folder: whether a run of this name may be taken up is
     the launcher's to decide. Raises PamlError for anything that the user has to mend.
     """
+    if world.device.type == "cpu":
+        keep_memory()
     run_folder = run_folder_of(settings)
     data = open_data(settings.data)
     plan_steps = EpochPlan(data.train.samples.index, settings.batch_size).steps

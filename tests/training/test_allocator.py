@@ -1,0 +1,37 @@
+"""A CPU run keeps its memory: after the first pass the same sizes cost no page faults."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+import torch
+from paml.training.allocator import keep_memory
+
+if sys.argv[1] == "kept":
+    assert keep_memory()
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def step():
+    for _ in range(8):
+        torch.ones(4 << 20)  # 16 MB
+
+step()
+before = faults()
+step()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_used_again_without_the_system():
+    counts = {
+        way: int(subprocess.run([sys.executable, "-c", PROGRAM, way], check=True, capture_output=True, text=True).stdout)
+        for way in ("kept", "returned")
+    }
+    assert counts["kept"] < 100 < counts["returned"]
