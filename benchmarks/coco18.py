@@ -34,7 +34,12 @@ ROWS = {  # name: (training, alpha in scoring)
 
 
 def settings_of(
-    training: str, labels: str, storage: str, frozen_layers: int | None = None, epochs: int | None = None
+    training: str,
+    labels: str,
+    storage: str,
+    frozen_layers: int | None = None,
+    epochs: int | None = None,
+    image_size: int | None = None,
 ) -> TrainSettings:
     """The recipe with the loss, the boost and the label table of a training."""
     base = unflatten(TrainSettings, flatten(yaml.safe_load(RECIPE.read_text())))
@@ -49,7 +54,7 @@ def settings_of(
     return dataclasses.replace(
         base,
         run=dataclasses.replace(base.run, storage=storage, name=f"{labels}-{training}"),
-        data=dataclasses.replace(base.data, train_labels=table),
+        data=dataclasses.replace(base.data, train_labels=table, image_size=image_size),
         boost=BoostSettings(train=alphas[0], eval=alphas[0], eval_also=alphas[1:]),
         loss=LossSettings(name=name, reject_rate_step=base.loss.reject_rate_step),
     )
@@ -72,13 +77,18 @@ def main() -> None:
     parser.add_argument("--storage", default="runs/coco18")
     parser.add_argument("--frozen-layers", type=int, help="other than the recipe's; 0 trains end to end")
     parser.add_argument("--epochs", type=int, help="other than the recipe's")
+    parser.add_argument("--image-size", type=int, help="pixels, other than those of the shards")
     parser.add_argument("--only", nargs="*", help="of the trainings full, an, an-boost, llr, llr-boost; no table then")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     names = options.only or dict.fromkeys(name for name, _ in ROWS.values())
     found = {
-        name: run(settings_of(name, options.labels, options.storage, options.frozen_layers, options.epochs))
+        name: run(
+            settings_of(
+                name, options.labels, options.storage, options.frozen_layers, options.epochs, options.image_size
+            )
+        )
         for name in names
     }
     if options.only:
