@@ -38,19 +38,20 @@ def build_backbone(name: str, *, weights: str | None, feature_layer: str | None,
             f"ImageNet weights of {name} could not be fetched ({error}); give a file as model.weights, or null "
             "for random ones"
         ) from error
-    if weights not in (None, "imagenet"):
-        load_partial(network, weights)
     trunk = _cut(network, name, feature_layer)
+    if weights not in (None, "imagenet"):
+        kept = {value.data_ptr() for value in trunk.state_dict().values()}
+        load_partial(network, weights, {key for key, v in network.state_dict().items() if v.data_ptr() in kept})
     _reduce_stride(trunk, output_stride)
     return trunk
 
 
-def load_partial(network: nn.Module, path: str) -> None:
-    """Load a state dict that may lack the classifier. Raises SettingsError where it does not fit.
+def load_partial(network: nn.Module, path: str, needed: set[str] | None = None) -> None:
+    """Load a state dict that may lack what nobody uses. Raises SettingsError where it does not fit.
 
-    What the file holds must fit by name and shape; what it lacks must be the tail of the network (the
-    classifier), since silently random layers in the middle would train to a bad model. BatchNorm's counts of
-    batches, which older files lack and nothing here reads, may be missing.
+    What the file holds must fit by name and shape; what it lacks must be the tail of the network (the classifier,
+    and with `needed` all layers that are not named there), since silently random layers in the middle would train
+    to a bad model. BatchNorm's counts of batches, which older files lack and nothing here reads, may be missing.
     """
     from paml.storage import StorageError, read_bytes
 
@@ -85,7 +86,9 @@ def load_partial(network: nn.Module, path: str) -> None:
     missing = [
         key
         for key in own
-        if key not in fitting and not key.startswith(_CLASSIFIERS) and "num_batches_tracked" not in key
+        if key not in fitting
+        and (key in needed if needed is not None else not key.startswith(_CLASSIFIERS))
+        and "num_batches_tracked" not in key
     ]
     if missing:
         raise SettingsError(f"model.weights: {path} lacks {len(missing)} tensors of the backbone, e.g. {missing[0]}")

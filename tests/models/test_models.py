@@ -1,5 +1,6 @@
 """The CAM network: boost and its gradient, map sizes, weights from files, what stays frozen."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -326,3 +327,14 @@ def test_sync_batch_norm_is_put_in_place() -> None:
     model = build_model(tiny(batch_norm="sync"), 3)
     kinds = {type(module) for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
     assert kinds == {nn.SyncBatchNorm}
+
+
+def test_a_network_cut_early_needs_no_weights_of_the_layers_cut_away(tmp_path: Path) -> None:
+    cut = tiny(backbone="resnet18", feature_layer="layer2", output_stride=8)
+    weights = {name: torch.full_like(value, 0.5) for name, value in build_model(cut, 3).backbone.state_dict().items()}
+    path = tmp_path / "weights.pth"
+    torch.save(weights, path)
+    loaded = build_model(dataclasses.replace(cut, weights=str(path)), 3).backbone.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items() if "num_batches" not in name)
+    with pytest.raises(SettingsError, match=r"lacks 50 tensors of the backbone, e.g. layer3.0.conv1.weight"):
+        build_model(tiny(backbone="resnet18", weights=str(path)), 3)
