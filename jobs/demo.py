@@ -87,7 +87,7 @@ def make_weights() -> Path:
         data=DataSettings(
             root=str(data), train_labels="labels/train-full.arrow", train_truth=None, test_split=None, flip=0.0
         ),
-        model=ModelSettings(backbone="resnet18", weights=None, output_stride=16),
+        model=ModelSettings(backbone="resnet18", weights=None, feature_layer="layer2", output_stride=8),
         boost=BoostSettings(train=1.0, eval=1.0),
         loss=LossSettings(name="full"),
         optimiser=OptimiserSettings(learning_rate=1e-3, head_factor=1.0, schedule="one_cycle"),
