@@ -143,27 +143,24 @@ def _worth_showing(line: str) -> bool:
 
 def compare(names: dict[str, str], data: Path) -> Path:
     """Print the table of both runs and draw the picture; returns the picture's path."""
-    from paml.explain.panel import RunOnPanel, draw_panel
+    from paml.explain.panel import draw_panel
+    from paml.explain.runs import open_runs
     from paml.training.data import open_split
     from paml.training.loop import Result
-    from paml.training.score_run import settings_of_run
 
-    runs = []
-    for title, name in names.items():
-        folder = Path("runs") / name
-        result = Result.from_json(json.loads((folder / "result.json").read_text()))
-        runs.append(RunOnPanel(title, str(folder), settings_of_run(str(folder)), result))
+    runs = open_runs({title: str(Path("runs") / name) for title, name in names.items()})
     print(f"\n{'method':<16} {'best epoch':>10} {'test mAP, %':>12} {'rejected':>9} {'truly FN':>9} {'precision':>10}")
     for run in runs:
+        result = Result.from_json(json.loads((Path(run.folder) / "result.json").read_text()))
         alpha = f"{run.settings.boost.eval:g}"
-        best = run.result.best[alpha]["epoch"]
-        figures = run.result.history[best - 1]
+        best = result.best[alpha]["epoch"]
+        figures = result.history[best - 1]
         rejected = figures.get("rejection/rejected")
         cells = ["-", "-", "-"]
         if rejected:
             hits = figures["rejection/rejected_false_negatives"]
             cells = [f"{rejected:,.0f}", f"{hits:,.0f}", f"{hits / rejected:.3f}"]
-        score = f"{100 * run.result.test[alpha].map:.2f}"
+        score = f"{100 * result.test[alpha].map:.2f}"
         print(f"{run.title:<16} {best:>10} {score:>12} {cells[0]:>9} {cells[1]:>9} {cells[2]:>10}")
     print("rejected labels and their precision are those of the best epoch (by validation mAP)")
     picture = Path("runs") / "demo.png"

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from typing import Any
 
 from paml import storage
 from paml.data.device import Normaliser
 from paml.errors import DataError, SettingsError
 from paml.metrics import Scores, score_table, scores, write_per_class
-from paml.models.cam import ModelSettings, build_model
+from paml.models.cam import CamClassifier, build_model
 from paml.training.checkpoint import committed, read_checkpoint
 from paml.training.data import eval_loader, open_split, same_classes
 from paml.training.evaluate import score_pairs
@@ -49,6 +50,32 @@ def settings_of_run(run_folder: str) -> TrainSettings:
     return unflatten(TrainSettings, facts["settings"])
 
 
+def choose_checkpoint(run_folder: str, run: TrainSettings, which: str, alpha: float) -> tuple[str, dict[str, Any]]:
+    """(name of the checkpoint, facts of the run's newest one).
+
+    which: 'best' (by validation when scored with `alpha`, or with boost.eval where the run did not score that one),
+    'newest', or a checkpoint's name. Raises DataError where there is none yet, SettingsError for an unknown name.
+    """
+    names = committed(run_folder)
+    if not names:
+        raise DataError(f"{run_folder} has no whole checkpoint yet")
+    facts = read_checkpoint(run_folder, names[-1], groups=()).facts
+    best = facts["best"].get(f"{alpha:g}", facts["best"].get(f"{run.boost.eval:g}"))
+    name = {"newest": names[-1], "best": best["checkpoint"] if best else "none"}.get(which, which)
+    if name not in names:
+        raise SettingsError(f"checkpoint {name!r} is not in {run_folder}; there are {', '.join(names)}")
+    return name, facts
+
+
+def load_model(run_folder: str, run: TrainSettings, name: str) -> CamClassifier:
+    """The network with a checkpoint's scored weights: the averaged ones where the run keeps them."""
+    group = "averaged" if run.optimiser.average else "weights"
+    checkpoint = read_checkpoint(run_folder, name, groups=(group,))
+    model = build_model(dataclasses.replace(run.model, weights=None), checkpoint.facts["num_classes"])
+    model.load_state_dict(checkpoint.tensors[group])
+    return model.eval()
+
+
 def evaluate(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[str, Scores]:
     """Score and print the table; returns the scores by row name. Raises PamlError."""
     run = settings_of_run(settings.run)
@@ -57,26 +84,14 @@ def evaluate(settings: EvaluateSettings, say: Callable[[str], None] = print) -> 
     train = open_split(data, data.train_split, data.train_labels, images=data.images)
     same_classes(train.table, split.table)
 
-    names = committed(settings.run)
-    if not names:
-        raise DataError(f"{settings.run} has no whole checkpoint yet")
-    newest = read_checkpoint(settings.run, names[-1], groups=())
-    name = {"newest": names[-1], "best": _best(newest.facts, run)}.get(settings.checkpoint, settings.checkpoint)
-    if name not in names:
-        raise SettingsError(f"checkpoint {name!r} is not in {settings.run}; there are {', '.join(names)}")
-    if newest.facts["num_classes"] != split.table.num_classes:
+    name, facts = choose_checkpoint(settings.run, run, settings.checkpoint, run.boost.eval)
+    if facts["num_classes"] != split.table.num_classes:
         raise SettingsError(
             f"{split.table.path} has {split.table.num_classes} classes, the head of {settings.run} has "
-            f"{newest.facts['num_classes']}: score with tables of the classes that the run was trained on"
+            f"{facts['num_classes']}: score with tables of the classes that the run was trained on"
         )
-    group = "averaged" if run.optimiser.average else "weights"
-    checkpoint = read_checkpoint(settings.run, name, groups=(group,))
-
     world: World = current_world()
-    untrained: ModelSettings = dataclasses.replace(run.model, weights=None)
-    model = build_model(untrained, split.table.num_classes)
-    model.load_state_dict(checkpoint.tensors[group])
-    model.to(world.device)
+    model = load_model(settings.run, run, name).to(world.device)
     bar = terminal_bar(settings.split, len(split.samples))
     pairs = score_pairs(
         model,
@@ -103,8 +118,3 @@ def evaluate(settings: EvaluateSettings, say: Callable[[str], None] = print) -> 
     if settings.per_class is not None:
         write_per_class(settings.per_class, next(iter(rows.values())), split.table.classes, split.table.names)
     return rows
-
-
-def _best(facts: dict, run: TrainSettings) -> str:
-    best = facts["best"].get(f"{run.boost.eval:g}")
-    return best["checkpoint"] if best else "none"

@@ -1,0 +1,44 @@
+"""Pictures of labels: maps come from the scored weights, as boosted in scoring."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from paml.explain.panel import PanelRow, boosted_map, choose_labels, draw_map_panel
+from paml.explain.runs import OpenRun
+from paml.models import BoostSettings, ModelSettings, build_model
+from paml.training.settings import TrainSettings
+
+
+@pytest.mark.parametrize("alpha", [1.0, 5.0])
+def test_map_averages_to_the_logit(alpha: float) -> None:
+    settings = TrainSettings(
+        model=ModelSettings(backbone="resnet18", weights=None, output_stride=16),
+        boost=BoostSettings(train=1.0, eval=1.0),
+    )
+    model = build_model(settings.model, 5, seed=3).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    run = OpenRun("x", "nowhere", "step-000000001", alpha, settings, model, [])
+    scores, logit = boosted_map(run, pixels, 2)
+    assert scores.shape == (4, 4)
+    assert logit == pytest.approx(float(scores.mean()), abs=1e-5)
+    mean, std = torch.tensor(settings.model.pixel_mean), torch.tensor(settings.model.pixel_std)
+    images = ((torch.from_numpy(pixels) / 255 - mean) / std).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        assert logit == pytest.approx(float(model(images, alpha)[0, 2]), abs=1e-4)
+
+
+def test_the_panel_shows_one_label_of_each_class_before_any_class_again() -> None:
+    worth = np.array([0.9, 0.8, 0.7, 0.1, 0.75])
+    assert choose_labels(worth, np.array([1, 1, 2, 3, 2]), 4) == [0, 4, 3, 1]
+    assert choose_labels(worth, np.array([1, 1, 2, 3, 2]), 9) == [0, 4, 3, 1, 2]
+
+
+def test_a_map_of_zeros_and_one_label_still_make_a_picture(tmp_path: Path) -> None:
+    row = PanelRow(np.zeros((32, 32, 3), np.uint8), "cat", [(np.zeros((2, 2)), 0.0), (np.zeros((2, 2)), -3.0)])
+    draw_map_panel(["full", "AN"], [row], str(tmp_path / "panel.png"))
+    with Image.open(tmp_path / "panel.png") as picture:
+        assert picture.size[0] > 500
