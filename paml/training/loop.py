@@ -32,6 +32,7 @@ from paml.training.checkpoint import (
 )
 from paml.training.data import RunData, Split, eval_loader, open_data, train_loader
 from paml.training.evaluate import score_pairs
+from paml.training.features import with_features
 from paml.training.settings import TrainSettings, refuse_other_settings
 from paml.training.state import COUNTS, TrainState, load_state, new_state, save_state, share_corrections
 from paml.training.step import settle_waiting, train_step
@@ -67,6 +68,10 @@ class _NoProgress:
     def close(self) -> None: ...
 
 
+def _no_bar(title: str, images: int) -> Progress:
+    return _NoProgress()
+
+
 def terminal_bar(title: str, images: int) -> Progress:
     """A tqdm bar where somebody watches, else nothing."""
     if not sys.stderr.isatty():
@@ -82,7 +87,7 @@ class Watcher:
 
     journal: Figures | None = None
     say: Callable[[str], None] = print
-    bar: Callable[[str, int], Progress] = lambda title, images: _NoProgress()
+    bar: Callable[[str, int], Progress] = _no_bar
     epoch_done: Callable[[dict[str, float]], None] = lambda figures: None
     """Called on every worker once an epoch's checkpoint stands."""
 
@@ -138,6 +143,7 @@ def train(settings: TrainSettings, world: World, watcher: Watcher) -> Result:
     state = new_state(settings, world, model, len(data.classes), plan_steps)
     state.data_digests = _digests(data)
     _resume(state, run_folder, watcher)
+    data = with_features(settings, data, model, world, say=watcher.say, bar=watcher.bar if world.first else _no_bar)
     if world.first:
         _describe(state, data, watcher)
     share = _probe_share(settings, data)

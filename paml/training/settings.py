@@ -121,6 +121,7 @@ MAY_DIFFER = (
     "data.loader_processes",
     "data.prefetch",
     "data.cache_dir",
+    "data.features_dir",
     "data.cache_gb",
     "data.shards_ahead",
     "patience",
@@ -137,13 +138,12 @@ def at_absolute_paths(settings: TrainSettings, base: str) -> TrainSettings:
     weights = settings.model.weights
     if weights is not None and weights != "imagenet":
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, weights=fixed(weights)))
-    if settings.data.cache_dir is not None:
-        data = dataclasses.replace(settings.data, cache_dir=fixed(settings.data.cache_dir))
-        settings = dataclasses.replace(settings, data=data)
+    folders = {name: getattr(settings.data, name) for name in ("root", "cache_dir", "features_dir")}
+    fixed_folders = {name: fixed(folder) for name, folder in folders.items() if folder is not None}
     return dataclasses.replace(
         settings,
         run=dataclasses.replace(settings.run, storage=fixed(settings.run.storage)),
-        data=dataclasses.replace(settings.data, root=fixed(settings.data.root)),
+        data=dataclasses.replace(settings.data, **fixed_folders),
     )
 
 

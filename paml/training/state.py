@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from paml.data.device import Normaliser
+from paml.data.device import Normalise, Normaliser, features_as_float
 from paml.errors import SettingsError
 from paml.labels.overlay import LabelOverlay
 from paml.models import CamClassifier
@@ -42,7 +42,7 @@ class TrainState:
     averaged: CamClassifier | None
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # pyright: ignore[reportPrivateImportUsage]
-    normalise: Normaliser
+    normalise: Normalise
     autocast: torch.dtype | None
     steps_per_epoch: int
     network: nn.Module
@@ -95,6 +95,8 @@ def new_state(
         raise SettingsError("model.batch_norm is sync, which needs GPUs; take worker or frozen")
     torch.manual_seed((settings.seed + 1) * 1_000_003 + world.rank)
     model = model.to(world.device)
+    model.on_features = settings.model.train_from is not None
+    normalise: Normalise = Normaliser(settings.model.pixel_mean, settings.model.pixel_std, world.device)
     averaged = None
     if settings.optimiser.average:
         import copy
@@ -109,7 +111,7 @@ def new_state(
         averaged=averaged,
         optimiser=build_optimiser(settings.optimiser, model),
         scaler=torch.amp.GradScaler(world.device.type, enabled=autocast == torch.float16),  # pyright: ignore
-        normalise=Normaliser(settings.model.pixel_mean, settings.model.pixel_std, world.device),
+        normalise=features_as_float if model.on_features else normalise,
         autocast=autocast,
         steps_per_epoch=steps_per_epoch,
         network=_distributed(model, world),
@@ -134,7 +136,11 @@ def _distributed(model: CamClassifier, world: World) -> nn.Module:
     network = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     modes = {module: module.training for module in model.modules()}
     network.eval()
-    (network(torch.zeros(1, 3, 64, 64, device=world.device)).sum() * 0).backward()
+    blank = torch.zeros(1, 3, 64, 64, device=world.device)
+    if model.on_features:
+        with torch.no_grad():
+            blank = model.front(blank)
+    (network(blank).sum() * 0).backward()
     network.zero_grad()
     for module, mode in modes.items():
         module.training = mode
