@@ -110,8 +110,7 @@ def build_model(settings: ModelSettings, num_classes: int, *, seed: int = 0) -> 
         if settings.train_from is not None:
             front_parts = place_of(backbone, settings.backbone, settings.feature_layer, settings.train_from)
         model = CamClassifier(backbone.train(), features.shape[1], num_classes, front_parts)
-    for module in _frozen(model, settings):
-        module.requires_grad_(False)
+    set_learning(model, settings)
     if settings.batch_norm == "sync":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(memory_format=torch.channels_last)  # pyright: ignore
@@ -124,9 +123,18 @@ def _frozen(model: CamClassifier, settings: ModelSettings) -> list[nn.Module]:
     return parts[: max(settings.frozen_layers, model.front_parts)]
 
 
-def set_training(model: CamClassifier, settings: ModelSettings) -> None:
-    """Training mode, with BatchNorm left on its stored statistics where they are frozen."""
+def set_learning(model: CamClassifier, settings: ModelSettings, *, head_only: bool = False) -> None:
+    """Which parameters take gradients: all but those of frozen parts, or the head's alone."""
+    model.requires_grad_(True)
+    for module in [model.backbone] if head_only else _frozen(model, settings):
+        module.requires_grad_(False)
+
+
+def set_training(model: CamClassifier, settings: ModelSettings, *, head_only: bool = False) -> None:
+    """Training mode, with BatchNorm left on its stored statistics where they are frozen, or the head alone learns."""
     model.train()
+    if head_only:
+        model.backbone.eval()
     for module in _frozen(model, settings):
         module.eval()
     if settings.batch_norm == "frozen":
