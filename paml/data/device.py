@@ -1,5 +1,6 @@
 """A batch on its device: bytes become normalised, mirrored pictures; triples become state matrices."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,16 @@ class Normaliser:
         return torch.addcmul(self.shift, images.float(), self.scale).contiguous(memory_format=torch.channels_last)
 
 
-def to_device(batch: Batch, num_classes: int, normalise: Normaliser, device: torch.device) -> DeviceBatch:
+def features_as_float(features_BHWC: torch.Tensor, flips_B: torch.Tensor | None = None) -> torch.Tensor:
+    """float16 [b, h, w, C] to float32 [b, C, h, w], channels_last in memory; mirrored ones come so from the cache."""
+    return features_BHWC.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
+
+
+Normalise = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""A batch's images (or cached features) and flips to what the network takes."""
+
+
+def to_device(batch: Batch, num_classes: int, normalise: Normalise, device: torch.device) -> DeviceBatch:
     """Copy and prepare one batch; on a GPU nothing here waits for the device."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from paml.data.cached import CachedFeatures, FeatureReaders
 from paml.data.decoders import Decoders, Filling, ProcessDecoders, ThreadDecoders
 from paml.data.plan import EpochPlan, Samples, draw_flips
 from paml.errors import DataError
@@ -63,7 +64,7 @@ class Batch:
     step: int
     """Global batch within the epoch."""
     images: torch.Tensor
-    """uint8 [b, S, S, 3]."""
+    """uint8 [b, S, S, 3]; or cached features, float16 [b, h, w, C], of the images mirrored already where `flips`."""
     flips: torch.Tensor
     """bool [b]."""
     slots: torch.Tensor
@@ -110,7 +111,8 @@ class Loader:
 
     `processes` decode, or where it is 0, `threads` of this process; both give the same batches. A batch's memory
     is used again once neither it nor a part of it is referred to. With `pin` threads decode into memory of torch's
-    pinned allocator, which gives it again only when the copies to the device that read it are done.
+    pinned allocator, which gives it again only when the copies to the device that read it are done. With `features`
+    nothing is decoded: they stand in the place of the images.
     """
 
     def __init__(
@@ -132,12 +134,14 @@ class Loader:
         shards_ahead: int = 4,
         max_bad_share: float = 0.0,
         pin: bool = False,
+        features: CachedFeatures | None = None,
     ) -> None:
         self.reader, self.samples, self.labels, self.plan, self.slots = reader, samples, labels, plan, slots
         self.image_size, self.epoch, self.start, self.seed, self.flip = image_size, epoch, start, seed, flip
         self.threads = threads or max(1, int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
         self.processes, self.shards_ahead = processes, shards_ahead
         self.prefetch, self.max_bad_share, self.pin = prefetch, max_bad_share, pin
+        self.features = features
         self.bad: list[BadSample] = []
         self.traffic = Traffic()
         """What was read from a bucket; complete when the iteration has ended."""
@@ -171,14 +175,18 @@ class Loader:
     def _decoders(self) -> Decoders:
         shape = (self.slots[1] - self.slots[0], self.image_size, self.image_size, 3)
         keep = self.prefetch + 2
+        if self.features is not None:
+            return FeatureReaders(self.features, self._flips, shape[0], self.threads, keep=keep)
         if self.processes:
             return ProcessDecoders(self.reader, shape, self.processes, keep=keep)
         return ThreadDecoders(self.reader, shape, self.threads, keep=keep)
 
     def _fill(self, decoders: Decoders, index: np.ndarray) -> tuple[torch.Tensor, Filling]:
-        if self.pin and not self.processes:
-            shape = (len(index), self.image_size, self.image_size, 3)
-            pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        if self.pin and (self.features is not None or not self.processes):
+            shape, kind = (self.image_size, self.image_size, 3), torch.uint8
+            if self.features is not None:
+                shape, kind = self.features.shape, torch.float16
+            pixels = torch.empty((len(index), *shape), dtype=kind, pin_memory=True)
             return pixels, decoders.fill(index, pixels.numpy())
         filling = decoders.fill(index)
         return torch.from_numpy(filling.pixels), filling
@@ -202,11 +210,10 @@ class Loader:
         truth = None
         if source.truth is not None and source.truth_rows is not None:
             truth = LabelTriples.of(lookup_known(source.truth, source.truth_rows[chosen])[0])
-        flips = draw_flips(self.seed, self.epoch, index, self.flip)
         return Batch(
             step=step,
             images=pixels,
-            flips=torch.from_numpy(flips),
+            flips=torch.from_numpy(self._flips(index)),
             slots=torch.from_numpy(slots),
             index=index,
             keys=lambda: [key(int(place)) for place in index],
@@ -215,6 +222,10 @@ class Loader:
             truth=truth,
             bad=bad,
         )
+
+    def _flips(self, index: np.ndarray) -> np.ndarray:
+        """bool[b]: which images, by their places in the manifest, are mirrored."""
+        return draw_flips(self.seed, self.epoch, index, self.flip)
 
     def _refuse_too_many(self, bad: tuple[BadSample, ...]) -> None:
         self.bad.extend(bad)
@@ -236,7 +247,9 @@ class _Needs:
         self._ahead: FetchAhead | None = None
         self._last: dict[int, list[int]] = {}
         reader, steps = loader.reader, range(loader.start, loader.plan.steps)
-        if not any(reader.is_remote(shard) for shard in range(len(reader.manifest.shards))):
+        if loader.features is not None or not any(
+            reader.is_remote(shard) for shard in range(len(reader.manifest.shards))
+        ):
             return
         parts = [loader.samples.shard[loader.plan.batch(step, loader.slots)[1]] for step in steps]
         shards = np.concatenate(parts) if parts else np.zeros(0, np.int32)

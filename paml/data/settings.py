@@ -45,6 +45,9 @@ class DataSettings:
     """Bound of that folder in GB (1e9 bytes); null takes 80 % of the room that its disk has."""
     shards_ahead: int = 4
     """Shards of a bucket fetched by each worker before they are needed."""
+    features_dir: str | None = None
+    """Folder for the features of model.train_from, shared by all runs; null takes `root`/features where root is local,
+    else features in the folder of `cache_dir`."""
     max_bad_share: float = 0.001
     """A run stops once more than this share of a worker's images of an epoch cannot be used."""
 

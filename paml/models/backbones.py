@@ -46,6 +46,20 @@ def build_backbone(name: str, *, weights: str | None, feature_layer: str | None,
     return trunk
 
 
+def place_of(trunk: nn.Module, name: str, feature_layer: str | None, layer: str) -> int:
+    """How many parts of the backbone `trunk` of network `name` come before `layer`, named as in the whole network.
+
+    Raises SettingsError with the names that are allowed: the backbone's parts but the first, before which is nothing.
+    """
+    prefix = "features." if feature_layer is None and name.startswith(_TRUNKS) else ""
+    parts = [prefix + child for child, _ in trunk.named_children()] if isinstance(trunk, nn.Sequential) else []
+    if not parts[1:]:
+        raise SettingsError(f"model.train_from is {layer!r}, but this backbone of {name} is not made of parts in a row")
+    if layer not in parts[1:]:
+        raise SettingsError(f"model.train_from is {layer!r}; {name} can be trained from {', '.join(parts[1:])}")
+    return parts.index(layer)
+
+
 def load_partial(network: nn.Module, path: str, needed: set[str] | None = None) -> None:
     """Load a state dict that may lack what nobody uses. Raises SettingsError where it does not fit.
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from paml.errors import SettingsError
-from paml.models.backbones import build_backbone
+from paml.models.backbones import build_backbone, place_of
 from paml.models.boost import boost_lu
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,6 +31,9 @@ class ModelSettings:
     """Pixels of the picture per cell of the map; 16 or 8 drop the last strides for larger maps."""
     frozen_layers: int = 0
     """The first so many parts of the backbone stay as loaded (weights and BatchNorm); 0 trains end to end."""
+    train_from: str | None = None
+    """Train this layer (features.14, layer4) and what follows on features computed once for all images, plain and
+    mirrored; what comes before stays as loaded. Null trains on images."""
     pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from RGB in [0, 1]."""
     pixel_std: tuple[float, float, float] = IMAGENET_STD
@@ -46,16 +49,32 @@ class ModelSettings:
 
 
 class CamClassifier(nn.Module):
-    """Backbone, 1×1 convolution with bias to K maps, boost, global average pooling in float32."""
+    """Backbone, 1×1 convolution with bias to K maps, boost, global average pooling in float32.
 
-    def __init__(self, backbone: nn.Module, channels: int, num_classes: int) -> None:
+    The first `front_parts` of the backbone can be left out: with `on_features` all methods take what `front` gives in
+    the place of images. Either way the model holds the whole network's weights.
+    """
+
+    def __init__(self, backbone: nn.Module, channels: int, num_classes: int, front_parts: int = 0) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = nn.Conv2d(channels, num_classes, kernel_size=1)
+        self.front_parts = front_parts
+        self.on_features = False
+
+    @property
+    def front(self) -> nn.Module:
+        """The parts before model.train_from: images [B, 3, H, W] to features [B, C, h, w]."""
+        return self._parts(slice(None, self.front_parts))
 
     def maps(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Raw class activation maps, [B, K, H, W] in the precision of the autocast region."""
-        return self.head(self.backbone(images_BCHW))
+        backbone = self._parts(slice(self.front_parts, None)) if self.on_features else self.backbone
+        return self.head(backbone(images_BCHW))
+
+    def _parts(self, which: slice) -> nn.Module:
+        assert isinstance(self.backbone, nn.Sequential)
+        return self.backbone[which]  # shares the modules, and costs some microseconds
 
     def forward(self, images_BCHW: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
         """float32 logits [B, K]. Pooling in float32 keeps logits from tying as 16-bit ones do."""
@@ -87,9 +106,11 @@ def build_model(settings: ModelSettings, num_classes: int, *, seed: int = 0) -> 
                 f"{settings.feature_layer or settings.backbone} gives features of shape {tuple(features.shape)}; "
                 "a map of four axes is needed: name another model.feature_layer"
             )
-        model = CamClassifier(backbone.train(), features.shape[1], num_classes)
-    for module in _frozen(model, settings):
-        module.requires_grad_(False)
+        front_parts = 0
+        if settings.train_from is not None:
+            front_parts = place_of(backbone, settings.backbone, settings.feature_layer, settings.train_from)
+        model = CamClassifier(backbone.train(), features.shape[1], num_classes, front_parts)
+    set_learning(model, settings)
     if settings.batch_norm == "sync":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(memory_format=torch.channels_last)  # pyright: ignore
@@ -99,12 +120,21 @@ def _frozen(model: CamClassifier, settings: ModelSettings) -> list[nn.Module]:
     parts = list(model.backbone.children())
     if not 0 <= settings.frozen_layers <= len(parts):
         raise SettingsError(f"model.frozen_layers is {settings.frozen_layers}; the backbone has {len(parts)} parts")
-    return parts[: settings.frozen_layers]
+    return parts[: max(settings.frozen_layers, model.front_parts)]
 
 
-def set_training(model: CamClassifier, settings: ModelSettings) -> None:
-    """Training mode, with BatchNorm left on its stored statistics where they are frozen."""
+def set_learning(model: CamClassifier, settings: ModelSettings, *, head_only: bool = False) -> None:
+    """Which parameters take gradients: all but those of frozen parts, or the head's alone."""
+    model.requires_grad_(True)
+    for module in [model.backbone] if head_only else _frozen(model, settings):
+        module.requires_grad_(False)
+
+
+def set_training(model: CamClassifier, settings: ModelSettings, *, head_only: bool = False) -> None:
+    """Training mode, with BatchNorm left on its stored statistics where they are frozen, or the head alone learns."""
     model.train()
+    if head_only:
+        model.backbone.eval()
     for module in _frozen(model, settings):
         module.eval()
     if settings.batch_norm == "frozen":

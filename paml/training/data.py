@@ -6,6 +6,7 @@ import os
 import numpy as np
 
 from paml import storage
+from paml.data.cached import CachedFeatures
 from paml.data.loader import LabelSource, Loader
 from paml.data.plan import EpochPlan, Samples, join, plan_epoch, worker_slots
 from paml.data.settings import DataSettings
@@ -29,6 +30,8 @@ class Split:
     samples: Samples
     truth: LabelTable | None = None
     truth_rows: np.ndarray | None = None
+    features: CachedFeatures | None = None
+    """What takes the place of the images in training from a named layer."""
 
     @property
     def image_size(self) -> int:
@@ -162,9 +165,8 @@ def _loader(
     flip: float,
 ) -> Loader:
     data = settings.data
-    limit = None if data.cache_gb is None else int(data.cache_gb * 1e9)
     return Loader(
-        reader=ShardReader(split.manifest, ShardCache(data.cache_dir, limit)),
+        reader=split_reader(data, split),
         samples=split.samples,
         labels=labels,
         plan=plan,
@@ -177,14 +179,25 @@ def _loader(
         threads=data.decode_threads,
         processes=data.loader_processes,
         prefetch=data.prefetch,
-        shards_ahead=_ahead(data, split.manifest, limit),
+        shards_ahead=shards_ahead(data, split.manifest),
         max_bad_share=data.max_bad_share,
         pin=world.device.type == "cuda",
+        features=split.features,
     )
 
 
-def _ahead(settings: DataSettings, manifest: Manifest, limit: int | None) -> int:
+def split_reader(settings: DataSettings, split: Split) -> ShardReader:
+    """Reads the images of a split, those of a bucket through the cache."""
+    return ShardReader(split.manifest, ShardCache(settings.cache_dir, _cache_limit(settings)))
+
+
+def _cache_limit(settings: DataSettings) -> int | None:
+    return None if settings.cache_gb is None else int(settings.cache_gb * 1e9)
+
+
+def shards_ahead(settings: DataSettings, manifest: Manifest) -> int:
     """Shards to fetch ahead: no more than fill a quarter of the cache, over all workers of a node."""
+    limit = _cache_limit(settings)
     if limit is None:
         return settings.shards_ahead
     workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from paml.data.device import Normaliser
+from paml.data.device import Normalise
 from paml.data.loader import Batch
 from paml.metrics import Pairs, gather_pairs, join_pairs, pairs_of
 from paml.models import CamClassifier
@@ -20,7 +20,7 @@ def score_pairs(
     *,
     alphas: tuple[float, ...],
     world: World,
-    normalise: Normaliser,
+    normalise: Normalise,
     autocast: torch.dtype | None,
     watch: Callable[[int], None] = lambda images: None,
 ) -> dict[float, Pairs]:
@@ -34,7 +34,7 @@ def score_pairs(
     for batch in batches:
         if not len(batch):
             continue
-        images = normalise(_move(batch.images, world.device))
+        images = normalise(_move(batch.images, world.device), None)
         with _autocast(world.device, autocast):
             maps_BKHW = model.maps(images)
         labels = batch.labels.to(world.device)

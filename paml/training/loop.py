@@ -32,8 +32,9 @@ from paml.training.checkpoint import (
 )
 from paml.training.data import RunData, Split, eval_loader, open_data, train_loader
 from paml.training.evaluate import score_pairs
+from paml.training.features import with_features
 from paml.training.settings import TrainSettings, refuse_other_settings
-from paml.training.state import COUNTS, TrainState, load_state, new_state, save_state, share_corrections
+from paml.training.state import COUNTS, TrainState, enter_epoch, load_state, new_state, save_state, share_corrections
 from paml.training.step import settle_waiting, train_step
 from paml.training.world import World
 
@@ -67,6 +68,10 @@ class _NoProgress:
     def close(self) -> None: ...
 
 
+def _no_bar(title: str, images: int) -> Progress:
+    return _NoProgress()
+
+
 def terminal_bar(title: str, images: int) -> Progress:
     """A tqdm bar where somebody watches, else nothing."""
     if not sys.stderr.isatty():
@@ -82,7 +87,7 @@ class Watcher:
 
     journal: Figures | None = None
     say: Callable[[str], None] = print
-    bar: Callable[[str, int], Progress] = lambda title, images: _NoProgress()
+    bar: Callable[[str, int], Progress] = _no_bar
     epoch_done: Callable[[dict[str, float]], None] = lambda figures: None
     """Called on every worker once an epoch's checkpoint stands."""
 
@@ -138,11 +143,12 @@ def train(settings: TrainSettings, world: World, watcher: Watcher) -> Result:
     state = new_state(settings, world, model, len(data.classes), plan_steps)
     state.data_digests = _digests(data)
     _resume(state, run_folder, watcher)
+    data = with_features(settings, data, model, world, say=watcher.say, bar=watcher.bar if world.first else _no_bar)
     if world.first:
         _describe(state, data, watcher)
     share = _probe_share(settings, data)
 
-    while state.epoch <= settings.epochs and not _patience_over(state):
+    while state.epoch <= settings.all_epochs and not _patience_over(state):
         started, begun_at = time.monotonic(), state.step
         traffic = _train_epoch(state, data, run_folder, share, watcher)
         seconds = time.monotonic() - started
@@ -231,12 +237,12 @@ def _unobserved_positives(split: Split, validation: Split) -> float:
 
 def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float, watcher: Watcher) -> Traffic:
     settings = state.settings
-    set_training(state.model, settings.model)
+    set_training(state.model, settings.model, head_only=state.phase.head_only)
     state.network.training = True
     loader = train_loader(
         settings, data, state.world, epoch=state.epoch, start=state.step, overlay=state.overlay, probe=probe
     )
-    bar = watcher.bar(f"epoch {state.epoch}/{settings.epochs}", len(loader) * settings.batch_size)
+    bar = watcher.bar(f"epoch {state.epoch}/{settings.all_epochs}", len(loader) * settings.batch_size)
     every = settings.checkpoint.every_steps
     try:
         for batch in loader:
@@ -310,6 +316,8 @@ def _epoch_figures(state: TrainState, data: RunData, seconds: float, begun_at: i
         "train/images_per_second": images * share_done / max(seconds, 1e-9),
         "train/bad_images": counts["bad_images"],
     }
+    if state.settings.linear_init.epochs:
+        figures["train/head_only"] = state.phase.head_only
     if not LOSSES[state.settings.loss.name].rejects:
         return {name: float(value) for name, value in figures.items()}
     rejected = counts["rejected"]
@@ -381,8 +389,8 @@ def _score_figures(scored: dict[float, Scores], prefix: str, groups: str) -> dic
 
 
 def _end_epoch(state: TrainState, run_folder: str, scored: dict[float, Scores], figures: dict[str, float]) -> None:
-    """Note the best, move to the next epoch, and leave a checkpoint of both."""
-    for alpha, score in scored.items():
+    """Note the best, move to the next epoch, and leave a checkpoint of both. The best is one trained end to end."""
+    for alpha, score in () if state.phase.head_only else scored.items():
         best = state.best.get(f"{alpha:g}")
         if best is None or score.map > best["map"] or math.isnan(best["map"]):
             name = checkpoint_name(state.optimiser_step)
@@ -390,7 +398,7 @@ def _end_epoch(state: TrainState, run_folder: str, scored: dict[float, Scores], 
     state.history.append({"epoch": state.epoch, **figures})
     state.loss_sum.zero_()
     state.counts.zero_()
-    state.epoch, state.step = state.epoch + 1, 0
+    enter_epoch(state, state.epoch + 1)
     _save(state, run_folder)
 
 
@@ -400,8 +408,9 @@ def _patience_over(state: TrainState) -> bool:
 
 
 def _epoch_line(state: TrainState, figures: dict[str, float]) -> str:
+    head_only = figures.get("train/head_only", 0.0) > 0
     parts = [
-        f"epoch {state.epoch - 1}/{state.settings.epochs}",
+        f"epoch {state.epoch - 1}/{state.settings.all_epochs}" + (" (head alone)" if head_only else ""),
         f"loss {figures['train/loss']:.5f}",
         f"val mAP {100 * figures['val/map']:.2f}",
     ]

@@ -13,6 +13,7 @@ from paml.metrics import MetricSettings
 from paml.models import BoostSettings, ModelSettings
 from paml.training.checkpoint import CheckpointSettings
 from paml.training.optimiser import OptimiserSettings
+from paml.training.phases import LinearInitSettings, Phase, phase_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,12 @@ class TrainSettings:
     boost: BoostSettings = dataclasses.field(default_factory=BoostSettings)
     loss: LossSettings = dataclasses.field(default_factory=LossSettings)
     optimiser: OptimiserSettings = dataclasses.field(default_factory=OptimiserSettings)
+    linear_init: LinearInitSettings = dataclasses.field(default_factory=LinearInitSettings)
     metrics: MetricSettings = dataclasses.field(default_factory=MetricSettings)
     checkpoint: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
     workers: WorkerSettings = dataclasses.field(default_factory=WorkerSettings)
     epochs: int = 10
-    """Passes over the training images; the first is the rejection's warm-up."""
+    """Passes over the training images end to end, after those of linear_init; the first is the rejection's warm-up."""
     batch_size: int = 128
     """Images in a global batch, over all workers."""
     eval_batch_size: int | None = None
@@ -110,6 +112,15 @@ class TrainSettings:
                 "within one global batch, also where several are accumulated"
             )
 
+    @property
+    def all_epochs(self) -> int:
+        """Epochs of all phases."""
+        return self.linear_init.epochs + self.epochs
+
+    def phase(self, epoch: int) -> Phase:
+        """The phase of epoch `epoch`, from 1."""
+        return phase_of(self.linear_init, self.optimiser, self.epochs, epoch)
+
 
 MAY_DIFFER = (
     "run",
@@ -121,6 +132,7 @@ MAY_DIFFER = (
     "data.loader_processes",
     "data.prefetch",
     "data.cache_dir",
+    "data.features_dir",
     "data.cache_gb",
     "data.shards_ahead",
     "patience",
@@ -137,13 +149,12 @@ def at_absolute_paths(settings: TrainSettings, base: str) -> TrainSettings:
     weights = settings.model.weights
     if weights is not None and weights != "imagenet":
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, weights=fixed(weights)))
-    if settings.data.cache_dir is not None:
-        data = dataclasses.replace(settings.data, cache_dir=fixed(settings.data.cache_dir))
-        settings = dataclasses.replace(settings, data=data)
+    folders = {name: getattr(settings.data, name) for name in ("root", "cache_dir", "features_dir")}
+    fixed_folders = {name: fixed(folder) for name, folder in folders.items() if folder is not None}
     return dataclasses.replace(
         settings,
         run=dataclasses.replace(settings.run, storage=fixed(settings.run.storage)),
-        data=dataclasses.replace(settings.data, root=fixed(settings.data.root)),
+        data=dataclasses.replace(settings.data, **fixed_folders),
     )
 
 
@@ -175,7 +186,7 @@ def unflatten(kind: type, flat: dict[str, object]) -> Any:
 
 def refuse_other_settings(stored: dict, settings: TrainSettings) -> None:
     """Raise SettingsError, naming each, where settings that decide what is computed differ from a stored run's."""
-    then, now = flatten(stored), flatten(settings)
+    then, now = flatten(TrainSettings()) | flatten(stored), flatten(settings)  # younger settings had their default
     differing = [
         f"{name}: {then.get(name, 'absent')!r} then, {now.get(name, 'absent')!r} now"
         for name in sorted(then.keys() | now.keys())

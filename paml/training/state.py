@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from paml.data.device import Normaliser
+from paml.data.device import Normalise, Normaliser, features_as_float
 from paml.errors import SettingsError
 from paml.labels.overlay import LabelOverlay
 from paml.models import CamClassifier
+from paml.models.cam import set_learning
 from paml.training.checkpoint import Checkpoint
-from paml.training.optimiser import build_optimiser
+from paml.training.optimiser import build_optimiser, rate_at
+from paml.training.phases import Phase
 from paml.training.settings import TrainSettings, flatten
 from paml.training.world import World
 
@@ -42,7 +44,7 @@ class TrainState:
     averaged: CamClassifier | None
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # pyright: ignore[reportPrivateImportUsage]
-    normalise: Normaliser
+    normalise: Normalise
     autocast: torch.dtype | None
     steps_per_epoch: int
     network: nn.Module
@@ -70,9 +72,15 @@ class TrainState:
     """Figures of the step before that are still on their way from the GPU."""
 
     @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.settings.epochs * -(-self.steps_per_epoch // self.settings.accumulate)
+    def phase(self) -> Phase:
+        """The phase of the epoch under way; the optimiser and `network` are of it."""
+        return self.settings.phase(self.epoch)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the backbone in the optimiser's next step: schedules run over a phase."""
+        phase, an_epoch = self.phase, -(-self.steps_per_epoch // self.settings.accumulate)
+        return rate_at(phase.optimiser, self.optimiser_step - phase.before * an_epoch, phase.epochs * an_epoch)
 
 
 def autocast_type(settings: TrainSettings, device: torch.device) -> torch.dtype | None:
@@ -95,28 +103,49 @@ def new_state(
         raise SettingsError("model.batch_norm is sync, which needs GPUs; take worker or frozen")
     torch.manual_seed((settings.seed + 1) * 1_000_003 + world.rank)
     model = model.to(world.device)
+    model.on_features = settings.model.train_from is not None
+    normalise: Normalise = Normaliser(settings.model.pixel_mean, settings.model.pixel_std, world.device)
     averaged = None
     if settings.optimiser.average:
         import copy
 
         averaged = copy.deepcopy(model)
     autocast = autocast_type(settings, world.device)
+    optimiser, network = _learners(settings, world, model, epoch=1)
     return TrainState(
         settings=settings,
         world=world,
         num_classes=num_classes,
         model=model,
         averaged=averaged,
-        optimiser=build_optimiser(settings.optimiser, model),
+        optimiser=optimiser,
         scaler=torch.amp.GradScaler(world.device.type, enabled=autocast == torch.float16),  # pyright: ignore
-        normalise=Normaliser(settings.model.pixel_mean, settings.model.pixel_std, world.device),
+        normalise=features_as_float if model.on_features else normalise,
         autocast=autocast,
         steps_per_epoch=steps_per_epoch,
-        network=_distributed(model, world),
+        network=network,
         overlay=LabelOverlay(num_classes),
         loss_sum=torch.zeros((), dtype=torch.float64, device=world.device),
         counts=torch.zeros(len(COUNTS), dtype=torch.int64, device=world.device),
     )
+
+
+def _learners(
+    settings: TrainSettings, world: World, model: CamClassifier, *, epoch: int
+) -> tuple[torch.optim.Optimizer, nn.Module]:
+    """A fresh optimiser and DDP over what learns in the phase of `epoch`."""
+    phase = settings.phase(epoch)
+    set_learning(model, settings.model, head_only=phase.head_only)
+    return build_optimiser(phase.optimiser, model), _distributed(model, world)
+
+
+def enter_epoch(state: TrainState, epoch: int) -> None:
+    """Go to the beginning of `epoch`; all workers must call it. A phase begins with a fresh optimiser."""
+    before = state.phase
+    state.epoch, state.step = epoch, 0
+    if state.phase != before:
+        state.network = state.model  # DDP's hooks go before others come
+        state.optimiser, state.network = _learners(state.settings, state.world, state.model, epoch=epoch)
 
 
 def _distributed(model: CamClassifier, world: World) -> nn.Module:
@@ -134,7 +163,11 @@ def _distributed(model: CamClassifier, world: World) -> nn.Module:
     network = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     modes = {module: module.training for module in model.modules()}
     network.eval()
-    (network(torch.zeros(1, 3, 64, 64, device=world.device)).sum() * 0).backward()
+    blank = torch.zeros(1, 3, 64, 64, device=world.device)
+    if model.on_features:
+        with torch.no_grad():
+            blank = model.front(blank)
+    (network(blank).sum() * 0).backward()
     network.zero_grad()
     for module, mode in modes.items():
         module.training = mode
@@ -200,6 +233,7 @@ def save_state(state: TrainState) -> Checkpoint | None:
 def load_state(state: TrainState, checkpoint: Checkpoint) -> None:
     """Take up the run where `checkpoint` left it."""
     facts, tensors = checkpoint.facts, checkpoint.tensors
+    enter_epoch(state, facts["epoch"])
     state.model.load_state_dict(tensors["weights"])
     if state.averaged is not None:
         state.averaged.load_state_dict(tensors["averaged"])
@@ -224,5 +258,5 @@ def load_state(state: TrainState, checkpoint: Checkpoint) -> None:
     if own[1] is not None and state.world.device.type == "cuda":
         torch.cuda.set_rng_state(own[1], state.world.device)
     state.scaler.load_state_dict(facts["scaler"])
-    state.epoch, state.step, state.optimiser_step = facts["epoch"], facts["step"], facts["optimiser_step"]
+    state.step, state.optimiser_step = facts["step"], facts["optimiser_step"]
     state.history, state.best = facts["history"], facts["best"]

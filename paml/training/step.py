@@ -10,7 +10,7 @@ from paml.data.loader import Batch
 from paml.errors import NonFiniteLossError
 from paml.labels.states import NEGATIVE, POSITIVE, UNOBSERVED
 from paml.losses import partial_label_loss
-from paml.training.optimiser import average_into, rate_at, set_rate
+from paml.training.optimiser import average_into, set_rate
 from paml.training.state import TrainState
 
 
@@ -33,7 +33,7 @@ def train_step(state: TrainState, batch: Batch, *, last: bool) -> None:
             logits_BK,
             data.state_BK,
             settings=settings.loss,
-            epoch=state.epoch,
+            epoch=state.phase.loss_epoch(state.epoch),
             divisor=divisor,
             world=world.group,
             slots_B=data.slots_B,
@@ -45,7 +45,7 @@ def train_step(state: TrainState, batch: Batch, *, last: bool) -> None:
 
     state.step += 1
     if moves:
-        set_rate(state.optimiser, rate_at(settings.optimiser, state.optimiser_step, state.total_steps))
+        set_rate(state.optimiser, state.learning_rate)
         if settings.optimiser.clip_norm is not None:
             state.scaler.unscale_(state.optimiser)
             torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.optimiser.clip_norm)

@@ -15,6 +15,7 @@ from paml.metrics import MetricSettings, scores
 from paml.models.cam import build_model, set_training
 from paml.training.data import RunData, eval_loader, open_data, train_loader
 from paml.training.evaluate import score_pairs
+from paml.training.features import with_features
 from paml.training.loop import Result, Watcher, train
 from paml.training.settings import TrainSettings
 from paml.training.state import TrainState, new_state
@@ -74,6 +75,12 @@ def state_of(settings: TrainSettings, data: RunData, world: World) -> TrainState
     return new_state(settings, world, model, len(data.classes), steps)
 
 
+def cached(state: TrainState, data: RunData, said: list[str] | None = None) -> RunData:
+    """The data with features in the place of images, where the settings say so."""
+    watcher = quiet(said)
+    return with_features(state.settings, data, state.model, state.world, say=watcher.say, bar=watcher.bar)
+
+
 def batches_of(state: TrainState, data: RunData, *, epoch: int, start: int = 0, probe: float = 0.0) -> list[Batch]:
     """The worker's batches of an epoch."""
     overlay = state.overlay
@@ -106,6 +113,7 @@ def trace_steps(rank: int, settings: TrainSettings, steps: int) -> Trace:
     world = world_of(rank) if dist.is_initialized() else World()
     data = open_data(settings.data)
     state, trace = state_of(settings, data, world), Trace()
+    data = cached(state, data)
     crafted = LossSettings(name="ll-r", reject_rate_step=0.07)
     while len(trace.losses) < steps:
         set_training(state.model, settings.model)
