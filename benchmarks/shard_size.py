@@ -1,9 +1,10 @@
 """What storing pictures at the training size costs in mAP: coco18 at 160 px from two sets of shards, paired seeds.
 
-python benchmarks/shard_size.py [--seeds 3] [--epochs 3] [--frozen-layers 14] [--out runs/shard-size]
+python benchmarks/shard_size.py [--seeds 3] [--epochs 3] [--train-from features.18] [--out runs/shard-size]
 
 The photos have 320 px. One set of shards holds them resized to 160 px (JPEG, quality 90), the other as they are,
-resized by the loader. Both trainings of a seed see the same batches and flips; full labels, the recipe coco18.yaml
+resized by the loader. The network is trained from a late layer on, on cached
+features. Both trainings of a seed see the same batches and flips; full labels, the recipe coco18.yaml
 else. Prints test mAP of each run's best epoch (by validation) and the paired differences: to reach is a mean within
 0.3 points. What was prepared or trained already is read, not repeated. $PAML_SHARED holds data/coco18.
 """
@@ -63,7 +64,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--size", type=int, default=160)
-    parser.add_argument("--frozen-layers", type=int, default=14, help="of the 19 parts of mobilenet_v2")
+    parser.add_argument(
+        "--train-from", default="features.18", help="layer of mobilenet_v2; what comes before is cached"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/shard-size"))
     parser.add_argument("--data", type=Path, help="default: data/coco18 below $PAML_SHARED")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -90,7 +93,7 @@ def main() -> None:
                     train_labels="labels/train-full.arrow",
                     image_size=options.size,
                 ),
-                model=dataclasses.replace(base.model, frozen_layers=options.frozen_layers),
+                model=dataclasses.replace(base.model, frozen_layers=0, train_from=options.train_from),
                 boost=BoostSettings(train=1.0, eval=1.0),
                 loss=LossSettings(name="full"),
                 epochs=options.epochs,
