@@ -66,7 +66,9 @@ def with_features(
     `model.train_from` the data as they are.
 
     All workers may call it at once, and other runs too: each file is made by whoever locks it first, and workers of
-    one node share the files out among themselves. Others wait. Raises SettingsError where the disk has too little
+    one node share the files out among themselves. Others wait; a node that has its files already does so in the run's
+    next collective, for workers.collective_timeout_seconds at most: begin a large cache with one worker.
+    Raises SettingsError where the disk has too little
     room or a feature is no float16, DataError for too many bad images.
     """
     if settings.model.train_from is None:
