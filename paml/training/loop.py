@@ -30,7 +30,7 @@ from paml.training.checkpoint import (
     tidy,
     write_checkpoint,
 )
-from paml.training.data import RunData, Split, eval_loader, open_data, train_loader
+from paml.training.data import RunData, Split, eval_loader, loss_memory, open_data, train_loader
 from paml.training.evaluate import score_pairs
 from paml.training.settings import TrainSettings, refuse_other_settings
 from paml.training.state import COUNTS, TrainState, load_state, new_state, save_state, share_corrections
@@ -137,6 +137,7 @@ def train(settings: TrainSettings, world: World, watcher: Watcher) -> Result:
     model = build_model(settings.model, len(data.classes), seed=settings.seed)
     state = new_state(settings, world, model, len(data.classes), plan_steps)
     state.data_digests = _digests(data)
+    state.memory = loss_memory(settings, data, world)
     _resume(state, run_folder, watcher)
     if world.first:
         _describe(state, data, watcher)
@@ -250,6 +251,8 @@ def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float
         bar.close()
     settle_waiting(state)
     share_corrections(state)
+    if state.memory is not None:
+        state.memory.end_epoch(state.epoch)
     _name_bad(state, loader, f"epoch {state.epoch}", watcher)
     return loader.traffic
 
