@@ -57,17 +57,11 @@ def evaluate(settings: EvaluateSettings, say: Callable[[str], None] = print) -> 
     train = open_split(data, data.train_split, data.train_labels, images=data.images)
     same_classes(train.table, split.table)
 
-    names = committed(settings.run)
-    if not names:
-        raise DataError(f"{settings.run} has no whole checkpoint yet")
-    newest = read_checkpoint(settings.run, names[-1], groups=())
-    name = {"newest": names[-1], "best": _best(newest.facts, run)}.get(settings.checkpoint, settings.checkpoint)
-    if name not in names:
-        raise SettingsError(f"checkpoint {name!r} is not in {settings.run}; there are {', '.join(names)}")
-    if newest.facts["num_classes"] != split.table.num_classes:
+    name, facts = choose_checkpoint(settings.run, run, settings.checkpoint)
+    if facts["num_classes"] != split.table.num_classes:
         raise SettingsError(
             f"{split.table.path} has {split.table.num_classes} classes, the head of {settings.run} has "
-            f"{newest.facts['num_classes']}: score with tables of the classes that the run was trained on"
+            f"{facts['num_classes']}: score with tables of the classes that the run was trained on"
         )
     group = "averaged" if run.optimiser.average else "weights"
     checkpoint = read_checkpoint(settings.run, name, groups=(group,))
@@ -103,6 +97,21 @@ def evaluate(settings: EvaluateSettings, say: Callable[[str], None] = print) -> 
     if settings.per_class is not None:
         write_per_class(settings.per_class, next(iter(rows.values())), split.table.classes, split.table.names)
     return rows
+
+
+def choose_checkpoint(run_folder: str, run: TrainSettings, wanted: str) -> tuple[str, dict]:
+    """The name of the checkpoint that 'best', 'newest' or a name means, and the facts of the run's newest one.
+
+    Raises DataError where there is none yet, SettingsError for a name that is not among them.
+    """
+    names = committed(run_folder)
+    if not names:
+        raise DataError(f"{run_folder} has no whole checkpoint yet")
+    facts = read_checkpoint(run_folder, names[-1], groups=()).facts
+    name = {"newest": names[-1], "best": _best(facts, run)}.get(wanted, wanted)
+    if name not in names:
+        raise SettingsError(f"checkpoint {name!r} is not in {run_folder}; there are {', '.join(names)}")
+    return name, facts
 
 
 def _best(facts: dict, run: TrainSettings) -> str:

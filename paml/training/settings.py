@@ -124,6 +124,7 @@ MAY_DIFFER = (
     "data.cache_gb",
     "data.shards_ahead",
     "patience",
+    "loss.p_asl.prior_file",
 )
 """Settings that a resumed run may change: where things lie and who computes them, never what is computed."""
 
@@ -140,6 +141,9 @@ def at_absolute_paths(settings: TrainSettings, base: str) -> TrainSettings:
     if settings.data.cache_dir is not None:
         data = dataclasses.replace(settings.data, cache_dir=fixed(settings.data.cache_dir))
         settings = dataclasses.replace(settings, data=data)
+    if settings.loss.p_asl.prior_file is not None:
+        p_asl = dataclasses.replace(settings.loss.p_asl, prior_file=fixed(settings.loss.p_asl.prior_file))
+        settings = dataclasses.replace(settings, loss=dataclasses.replace(settings.loss, p_asl=p_asl))
     return dataclasses.replace(
         settings,
         run=dataclasses.replace(settings.run, storage=fixed(settings.run.storage)),
