@@ -13,7 +13,7 @@ P and C are means over B x K; R is that of the global batch, as EPR's. Estimates
 g, those of observed positives at 0.995, and move by Adam at ten times the classifier's learning rate, as the authors'
 do: at ten times the head's here, so that a `head_factor` is in it. Their k: VOC 1.5, COCO 2.9, NUS-WIDE 1.9, CUB 31.4;
 their learning rate and batch come of a search over 1e-2 to 1e-5 and 8, 16. (ROLE + LI begins at a head that was
-trained on frozen features for 25 epochs: at 1e-5 the estimates hardly move in ten.)
+trained on frozen features for 25 epochs: at 1e-5 the estimates move little in ten.)
 
 Where this differs: observed negatives, which theirs knows none of, count in P and begin at 0.005. Their log is of
 p + 1e-5; their last, short batch's R weighs as much as any.
