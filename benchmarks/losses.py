@@ -38,7 +38,9 @@ def by_topk(logits_BK: Tensor, state_BK: Tensor, rate: Fraction) -> Tensor:
     return torch.where(unobserved_cost_BK < threshold, cost_BK, 0.0).mean()
 
 
-def by_paml(logits_BK: Tensor, state_BK: Tensor, rate: Fraction, name: str = "ll-r") -> Tensor:
+def by_paml(
+    logits_BK: Tensor, state_BK: Tensor, rate: Fraction, name: str = "ll-r", recalled_BK: Tensor | None = None
+) -> Tensor:
     settings = LossSettings(name=name, reject_rate_step=float(rate))
     B = len(logits_BK)
     return partial_label_loss(
@@ -50,6 +52,7 @@ def by_paml(logits_BK: Tensor, state_BK: Tensor, rate: Fraction, name: str = "ll
         divisor=logits_BK.numel(),
         slots_B=torch.arange(B),
         batch_size=B,
+        recalled=recalled_BK,
     ).loss
 
 
@@ -82,7 +85,7 @@ def labels(B: int, K: int, annotated: float) -> tuple[Tensor, Tensor]:
 
 def every_loss(rounds: int, threads: int) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from tests.losses.reference import FORMULAS
+    from tests.losses.reference import FORMULAS, recalled_of
 
     rate = Fraction(1, 100)
     for B, K, annotated in SHAPES[1:]:
@@ -90,7 +93,7 @@ def every_loss(rounds: int, threads: int) -> None:
             logits_BK, state_BK = labels(B, K, 1.5 if name == "full" else annotated)
             rejected_BK = (state_BK == UNOBSERVED) & (torch.rand(B, K) < float(rate))
             plain = partial(FORMULAS[name], logits_BK, state_BK, rejected_BK, 2)
-            paml = partial(by_paml, logits_BK, state_BK, rate, name)
+            paml = partial(by_paml, logits_BK, state_BK, rate, name, recalled_of(name, logits_BK, state_BK))
             compare(f"({B}, {K}) {name}, {threads} threads", plain, paml, logits_BK, rounds)
 
 

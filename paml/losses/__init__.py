@@ -15,6 +15,7 @@ from paml.losses.base import (
     AS_POSITIVE,
     LEFT_OUT,
     Epoch,
+    Labels,
     Loss,
     Place,
     check_all_observed,
@@ -23,6 +24,7 @@ from paml.losses.base import (
 )
 from paml.losses.blocks import true_places
 from paml.losses.fused import DenseSignedLoss, SparseSignedLoss
+from paml.losses.memory import Memory, Scope
 from paml.losses.registry import LOSSES
 from paml.losses.select import RejectGroup, check_inputs, select_by_partition, select_rejected
 from paml.losses.settings import LossSettings, check_reject_rate, reject_rate
@@ -32,13 +34,22 @@ __all__ = [
     "Loss",
     "LossOutput",
     "LossSettings",
+    "Memory",
     "RejectGroup",
+    "Scope",
+    "build_memory",
     "check_reject_rate",
     "partial_label_loss",
     "per_label_loss",
     "reject_rate",
     "select_rejected",
 ]
+
+
+def build_memory(settings: LossSettings, scope: Scope) -> Memory | None:
+    """What the loss keeps of a run beyond the batch, None for most. Raises SettingsError, DataError."""
+    loss = LOSSES[settings.name]
+    return None if loss.memory is None else loss.memory(loss.settings_in(settings), scope)
 
 
 class LossOutput(NamedTuple):
@@ -59,26 +70,33 @@ def partial_label_loss(
     batch_size: int,
     world: RejectGroup | None = None,
     epochs: int | None = None,
+    recalled: Tensor | None = None,
 ) -> LossOutput:
     """The loss of a worker's part of a global batch, and the labels that it rejects.
 
     logits_BK: float32. state_BK: int8 label states; corrections of LL-Cp made in earlier steps are written in as
     POSITIVE. epoch counts from 1. divisor: batch_size * K for a mean over the global batch. slots_B: int64, the images'
     slots in the global batch of `batch_size` images. world: the workers that share the batch, None for one alone; all
-    of them must call, also with B = 0. epochs: of the whole run, for losses that move with it (GR).
+    of them must call, also with B = 0. epochs: of the whole run, for losses that move with it (GR). recalled: what the
+    loss's memory (`build_memory`) recalls of these images, for the few losses that have one.
 
     Cross-entropy and what is a mean over labels is the sum / divisor; a loss that is a mean over images
     (`Loss.divisor`) is the sum * K / divisor.
     The loss is not finite if any logit is NaN, rejected or not, or infinite against its label: the caller stops on a
     loss that is not finite. (Under cross-entropy a +inf that is a positive, or that LL-Ct or LL-Cp corrects, costs
     nothing; under the other losses every infinite logit shows.)
-    Raises TypeError for logits that are not float32, ValueError for shapes or slots that do not fit.
+    Raises TypeError for logits that are not float32, ValueError for shapes or slots that do not fit, and for a loss
+    that lacks what its memory recalls.
     """
     loss = LOSSES[settings.name]
     rate = reject_rate(settings, epoch)
     check_inputs(logits_BK, state_BK, slots_B, batch_size, rate, settings.reject_pool)
     if loss.needs_all_observed:
         check_all_observed(state_BK)
+    if loss.needs_memory and recalled is None:
+        raise ValueError(
+            f"the loss {settings.name!r} needs what its memory recalls: keep a `build_memory(...)` and pass `recalled`"
+        )
     alone = world is None or world.size() == 1
     rejecting = loss.rejects and rate > 0 and batch_size > 0
 
@@ -102,11 +120,11 @@ def partial_label_loss(
             group=world,
         )
     if loss.per_label is not None:
-        cost_BK = per_label_loss(loss, logits_BK, state_BK, rejected_BK, own, now)
+        cost_BK = per_label_loss(loss, logits_BK, state_BK, rejected_BK, own, now, recalled)
         # Rows first, then in float64: the sum hardly depends on how the rows are shared among workers.
         total = cost_BK.sum(1).sum(0, dtype=torch.float64)
         if loss.over_batch is not None:
-            total = total + loss.over_batch(logits_BK, own, world)
+            total = total + loss.over_batch(logits_BK, Labels(state_BK, rejected_BK, recalled), own, world)
         per = logits_BK.shape[1] if loss.divisor == "images" else 1
         total = (total * per / divisor).to(torch.float32)
     elif logits_BK.device.type == "cpu" and loss.unobserved != LEFT_OUT:

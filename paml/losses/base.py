@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from paml.labels.states import NEGATIVE, POSITIVE, UNOBSERVED
+from paml.losses.memory import Memory, Scope
 from paml.losses.select import RejectGroup
 
 AS_NEGATIVE = 1
@@ -50,6 +51,8 @@ class Labels(NamedTuple):
     """int8 label states."""
     rejected_BK: Tensor | None = None
     """bool, the unobserved labels that are rejected; None where none are."""
+    recalled: Tensor | None = None
+    """What the loss's memory says of them (`Memory.recall`)."""
 
     @property
     def positive(self) -> Tensor:
@@ -102,13 +105,18 @@ class Loss:
     per_label: Callable[[Tensor, Labels, Any, Epoch], Tensor] | None = None
     """Another cost than cross-entropy: (logits_BK, labels, own settings, epoch) -> cost_BK, differentiated by autograd;
     None takes the fused cross-entropy. A rejected label that is LEFT_OUT is taken out afterwards."""
-    over_batch: Callable[[Tensor, Any, RejectGroup | None], Tensor] | None = None
-    """A term that no label has by itself: (logits_BK, own settings, world) -> this worker's share of it as a scalar,
-    to be added to the sum of its labels' costs. All workers call it."""
+    over_batch: Callable[[Tensor, Labels, Any, RejectGroup | None], Tensor] | None = None
+    """A term that no label has by itself: (logits_BK, labels, own settings, world) -> this worker's share of it as a
+    scalar, to be added to the sum of its labels' costs. All workers call it."""
     divisor: Literal["labels", "images"] = "labels"
     """Mean over the full global batch's labels (B x K) or over its images (B: a sum over an image's labels)."""
     settings: str | None = None
     """The field of LossSettings with the loss's own settings."""
+    memory: Callable[[Any, Scope], Memory | None] | None = None
+    """(own settings, run) -> what the loss keeps beyond the batch; None where these settings need nothing kept. Raises
+    SettingsError where it does not fit."""
+    needs_memory: bool = False
+    """Whether the loss cannot be computed without what its memory recalls."""
 
     def settings_in(self, all_settings: object) -> Any:
         """The loss's own settings, None where it has none."""
@@ -132,11 +140,12 @@ def per_label_loss(
     rejected_BK: Tensor | None = None,
     own: Any = None,
     epoch: Epoch = Epoch(1),  # noqa: B008
+    recalled: Tensor | None = None,
 ) -> Tensor:
     """The cost of every label, [B, K], of the logits' type: the readable form that the fast path must equal.
 
-    own: the loss's own settings (`Loss.settings_in`). A logit that is NaN or +inf gives NaN even where the label is
-    left out, so that no fault hides in a rejected label.
+    own: the loss's own settings (`Loss.settings_in`). recalled: what its memory says of these labels. A logit that is
+    NaN or +inf gives NaN even where the label is left out, so that no fault hides in a rejected label.
     """
     if loss.needs_all_observed:
         check_all_observed(state_BK)
@@ -144,7 +153,7 @@ def per_label_loss(
     if loss.per_label is None:
         sign_BK = sign_of_labels(loss, state_BK, rejected_BK)
         return torch.where(sign_BK == LEFT_OUT, nothing_BK, softplus(logits_BK * sign_BK))
-    cost_BK = loss.per_label(logits_BK, Labels(state_BK, rejected_BK), own, epoch) + nothing_BK
+    cost_BK = loss.per_label(logits_BK, Labels(state_BK, rejected_BK, recalled), own, epoch) + nothing_BK
     if rejected_BK is not None and loss.rejected == LEFT_OUT:
         cost_BK = torch.where(rejected_BK, nothing_BK, cost_BK)
     return cost_BK

@@ -9,6 +9,7 @@ log(p + 1e-5), its last batch's term weighs as much as any, and it knows no obse
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,12 +39,12 @@ def cost(logits_BK: Tensor, labels: Labels, settings: EPRSettings, epoch: Epoch)
     return torch.where(labels.unobserved, torch.zeros_like(observed), observed)
 
 
-def over_batch(logits_BK: Tensor, settings: EPRSettings, world: RejectGroup | None) -> Tensor:
-    """This worker's share of the term, B/N of N K (s - k)^2 / K^2 for its B of the global batch's N images.
+def over_batch(logits_BK: Tensor, labels: Labels, settings: Any, world: RejectGroup | None) -> Tensor:
+    """This worker's share of the term by `settings.expected_positives`.
 
-    Its gradient is that of the whole term by this worker's logits, 2 (s - k) / K of every p: the other workers' sums
-    enter as constants, so that nothing has to be differentiated through the exchange. (So does s itself: a second
-    derivative would miss the term's.)
+    It is B/N of N K (s - k)^2 / K^2 for its B of the global batch's N images. Its gradient is that of the whole term by
+    this worker's logits, 2 (s - k) / K of every p: the other workers' sums enter as constants, so that nothing has to
+    be differentiated through the exchange. (So does s itself: a second derivative would miss the term's.)
     """
     B, K = logits_BK.shape
     if K == 0:

@@ -1,6 +1,25 @@
 """All losses by name. A new one is a file that holds its `LOSS`, and a line here."""
 
-from paml.losses import an, an_ls, asl, em, epr, full, gr, hill, iu, ll_cp, ll_ct, ll_r, p_asl, splc, wan
+from paml.losses import (
+    an,
+    an_ls,
+    asl,
+    curriculum,
+    em,
+    em_apl,
+    epr,
+    full,
+    gr,
+    hill,
+    iu,
+    ll_cp,
+    ll_ct,
+    ll_r,
+    p_asl,
+    role,
+    splc,
+    wan,
+)
 from paml.losses.base import Loss
 
 LOSSES: dict[str, Loss] = {
@@ -21,4 +40,7 @@ LOSSES: dict[str, Loss] = {
     "hill": hill.LOSS,
     "splc": splc.LOSS,
     "gr": gr.LOSS,
+    "role": role.LOSS,
+    "em-apl": em_apl.LOSS,
+    "curriculum": curriculum.LOSS,
 }

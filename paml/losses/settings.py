@@ -9,23 +9,26 @@ from typing import Literal
 from paml.errors import SettingsError
 from paml.losses.an_ls import ANLSSettings
 from paml.losses.asl import ASLSettings
+from paml.losses.curriculum import CurriculumSettings
 from paml.losses.em import EMSettings
+from paml.losses.em_apl import EMAPLSettings
 from paml.losses.epr import EPRSettings
 from paml.losses.gr import GRSettings
 from paml.losses.hill import HillSettings
 from paml.losses.p_asl import PASLSettings
 from paml.losses.registry import LOSSES
+from paml.losses.role import RoleSettings
 from paml.losses.splc import SPLCSettings
 from paml.losses.wan import WANSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """The loss. From `wan` to `gr` stand the settings that one loss alone has."""
+    """The loss. From `wan` to `curriculum` stand the settings that one loss alone has."""
 
     name: str = "ll-r"
     """an, iu, full, ll-r, ll-ct, ll-cp, wan, an-ls, epr, asl, p-asl-ignore, p-asl-negative, p-asl-selective, em, hill,
-    splc or gr: the keys of `paml.losses.LOSSES`."""
+    splc, gr, role, em-apl or curriculum: the keys of `paml.losses.LOSSES`."""
     reject_rate_step: float = 0.002
     """Share of a pool's labels by which rejection grows each epoch after the first; LL-Cp rejects this share every
     epoch. A fraction, never percent. It is read as the decimal that is written: 0.001 is exactly 1/1000."""
@@ -51,6 +54,12 @@ class LossSettings:
     """Self-paced loss correction."""
     gr: GRSettings = field(default_factory=GRSettings)
     """Generalised robust loss."""
+    role: RoleSettings = field(default_factory=RoleSettings)
+    """Regularised online label estimation."""
+    em_apl: EMAPLSettings = field(default_factory=EMAPLSettings)
+    """Entropy maximisation with asymmetric pseudo-labels."""
+    curriculum: CurriculumSettings = field(default_factory=CurriculumSettings)
+    """Curriculum labelling by a score threshold."""
 
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
@@ -84,7 +93,7 @@ def check_reject_rate(
 
     `unobserved_positives_per_image`: what is expected, for example the mean number of objects in an image less its
     observed positives. LL-Cp's corrections add up over epochs, so the sum of its rates is judged. Losses that choose
-    in another way than by a rate (SPLC, P-ASL) are not judged.
+    in another way than by a rate (SPLC, P-ASL, curriculum) are not judged.
     """
     loss = LOSSES[settings.name]
     if not loss.rejects or loss.select is not None or epochs < 2:

@@ -13,6 +13,7 @@ from paml.data.settings import DataSettings
 from paml.errors import DataError, SettingsError
 from paml.labels.overlay import LabelOverlay
 from paml.labels.table import LabelTable
+from paml.losses import Memory, Scope, build_memory
 from paml.shards.cache import ShardCache
 from paml.shards.manifest import Manifest
 from paml.shards.reader import ShardReader
@@ -117,6 +118,20 @@ def open_data(settings: DataSettings) -> RunData:
         if split is not None:
             same_classes(train.table, split.table)
     return RunData(train, validation, test, settings.image_size or train.image_size)
+
+
+def loss_memory(settings: TrainSettings, data: RunData, world: World) -> Memory | None:
+    """What the run's loss keeps beyond a batch, None for most. Raises SettingsError, DataError."""
+    scope = Scope(
+        index=data.train.samples.index,
+        classes=data.classes,
+        batch_size=settings.batch_size,
+        epochs=settings.epochs,
+        seed=settings.seed,
+        device=world.device,
+        world=world.group,
+    )
+    return build_memory(settings.loss, scope)
 
 
 def train_loader(

@@ -30,7 +30,7 @@ from paml.training.checkpoint import (
     tidy,
     write_checkpoint,
 )
-from paml.training.data import RunData, Split, eval_loader, open_data, train_loader
+from paml.training.data import RunData, Split, eval_loader, loss_memory, open_data, train_loader
 from paml.training.evaluate import score_pairs
 from paml.training.features import with_features
 from paml.training.settings import TrainSettings, refuse_other_settings
@@ -142,6 +142,7 @@ def train(settings: TrainSettings, world: World, watcher: Watcher) -> Result:
     model = build_model(settings.model, len(data.classes), seed=settings.seed)
     state = new_state(settings, world, model, len(data.classes), plan_steps)
     state.data_digests = _digests(data)
+    state.memory = loss_memory(settings, data, world)
     _resume(state, run_folder, watcher)
     data = with_features(settings, data, model, world, say=watcher.say, bar=watcher.bar if world.first else _no_bar)
     if world.first:
@@ -256,6 +257,8 @@ def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float
         bar.close()
     settle_waiting(state)
     share_corrections(state)
+    if state.memory is not None and not state.phase.head_only:
+        state.memory.end_epoch(state.phase.loss_epoch(state.epoch))
     _name_bad(state, loader, f"epoch {state.epoch}", watcher)
     return loader.traffic
 

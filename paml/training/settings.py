@@ -136,6 +136,7 @@ MAY_DIFFER = (
     "data.cache_gb",
     "data.shards_ahead",
     "patience",
+    "loss.p_asl.prior_file",
 )
 """Settings that a resumed run may change: where things lie and who computes them, never what is computed."""
 
@@ -151,6 +152,9 @@ def at_absolute_paths(settings: TrainSettings, base: str) -> TrainSettings:
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, weights=fixed(weights)))
     folders = {name: getattr(settings.data, name) for name in ("root", "cache_dir", "features_dir")}
     fixed_folders = {name: fixed(folder) for name, folder in folders.items() if folder is not None}
+    if settings.loss.p_asl.prior_file is not None:
+        p_asl = dataclasses.replace(settings.loss.p_asl, prior_file=fixed(settings.loss.p_asl.prior_file))
+        settings = dataclasses.replace(settings, loss=dataclasses.replace(settings.loss, p_asl=p_asl))
     return dataclasses.replace(
         settings,
         run=dataclasses.replace(settings.run, storage=fixed(settings.run.storage)),

@@ -10,6 +10,7 @@ from torch import nn
 from paml.data.device import Normalise, Normaliser, features_as_float
 from paml.errors import SettingsError
 from paml.labels.overlay import LabelOverlay
+from paml.losses import Memory
 from paml.models import CamClassifier
 from paml.models.cam import set_learning
 from paml.training.checkpoint import Checkpoint
@@ -62,6 +63,8 @@ class TrainState:
     """Steps of the optimiser done in all."""
     new_codes: list[np.ndarray] = dataclasses.field(default_factory=list)
     """LL-Cp's corrections that the other workers do not know yet."""
+    memory: Memory | None = None
+    """What the loss keeps beyond a batch; few losses do."""
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     """Figures of each epoch done."""
     best: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -215,6 +218,8 @@ def save_state(state: TrainState) -> Checkpoint | None:
     }
     if state.averaged is not None:
         tensors["averaged"] = dict(state.averaged.state_dict())
+    if state.memory is not None:
+        tensors["memory"] = state.memory.tensors()
     facts = {
         "settings": flatten(state.settings),
         "num_classes": state.num_classes,
@@ -249,6 +254,8 @@ def load_state(state: TrainState, checkpoint: Checkpoint) -> None:
                 slot[key] = torch.empty_like(parameter).copy_(value)
     progress = tensors["progress"]
     state.overlay = LabelOverlay(state.num_classes, progress["overlay"].numpy())
+    if state.memory is not None:
+        state.memory.load(tensors["memory"])
     if state.world.first:
         state.loss_sum.copy_(progress["loss_sum"])
         state.counts.copy_(progress["counts"])

@@ -39,13 +39,18 @@ def train_step(state: TrainState, batch: Batch, *, last: bool) -> None:
             slots_B=data.slots_B,
             batch_size=settings.batch_size,
             epochs=settings.epochs,
+            recalled=None if state.memory is None else state.memory.recall(batch.index, data.state_BK),
         )
         _note(state, batch, data, out.loss.detach() * divisor, out.rejected_BK)
         state.scaler.scale(out.loss * world.size).backward()  # DDP averages; the loss is a sum over workers
 
+    rate = state.learning_rate
+    if state.memory is not None:
+        head_rate = rate * state.phase.optimiser.head_factor
+        state.memory.learn(batch.index, data.slots_B, logits_BK.detach(), data.state_BK, head_rate)
     state.step += 1
     if moves:
-        set_rate(state.optimiser, state.learning_rate)
+        set_rate(state.optimiser, rate)
         if settings.optimiser.clip_norm is not None:
             state.scaler.unscale_(state.optimiser)
             torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.optimiser.clip_norm)

@@ -13,7 +13,7 @@ from paml.labels import UNOBSERVED
 from paml.losses import LossSettings, partial_label_loss
 from paml.metrics import MetricSettings, scores
 from paml.models.cam import build_model, set_training
-from paml.training.data import RunData, eval_loader, open_data, train_loader
+from paml.training.data import RunData, eval_loader, loss_memory, open_data, train_loader
 from paml.training.evaluate import score_pairs
 from paml.training.features import with_features
 from paml.training.loop import Result, Watcher, train
@@ -72,7 +72,9 @@ def state_of(settings: TrainSettings, data: RunData, world: World) -> TrainState
         for _ in range(30):
             model(torch.randn(8, 3, 32, 32, generator=noise))
     steps = EpochPlan(data.train.samples.index, settings.batch_size).steps
-    return new_state(settings, world, model, len(data.classes), steps)
+    state = new_state(settings, world, model, len(data.classes), steps)
+    state.memory = loss_memory(settings, data, world)
+    return state
 
 
 def cached(state: TrainState, data: RunData, said: list[str] | None = None) -> RunData:

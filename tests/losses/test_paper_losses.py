@@ -11,14 +11,18 @@ from paml.labels.states import NEGATIVE, POSITIVE, UNOBSERVED
 from paml.losses import LOSSES, LossSettings, check_reject_rate, partial_label_loss
 from paml.losses.an_ls import ANLSSettings
 from paml.losses.asl import ASLSettings
+from paml.losses.curriculum import CurriculumSettings
 from paml.losses.em import EMSettings
+from paml.losses.em_apl import EMAPLSettings
 from paml.losses.epr import EPRSettings
 from paml.losses.gr import GRSettings
 from paml.losses.hill import HillSettings
 from paml.losses.p_asl import PASLSettings
+from paml.losses.role import RoleSettings
 from paml.losses.splc import SPLCSettings
 from paml.losses.wan import WANSettings
 from tests.helpers.ranks import run_on_ranks
+from tests.losses.reference import recalled_of
 
 MEAN_OVER_IMAGES = ["asl", "p-asl-ignore", "p-asl-negative", "p-asl-selective", "hill", "splc"]
 
@@ -37,6 +41,7 @@ def loss_of(logits, state, *, epoch=3, epochs: int | None = 8, batch_size=None, 
         slots_B=torch.arange(len(x)) if slots is None else torch.tensor(slots, dtype=torch.int64),
         batch_size=batch_size,
         world=world,
+        recalled=recalled_of(settings["name"], x, torch.tensor(state)),
     )
     output.loss.backward()
     assert x.grad is not None
@@ -49,6 +54,7 @@ ROW, LABELS = [0.5, -1.0, -2.0, 3.0], [POSITIVE, NEGATIVE, UNOBSERVED, UNOBSERVE
 @pytest.mark.parametrize(
     ("name", "by_hand"),
     [
+        ("curriculum", (0.47407698 + 0.31326169 + 0.04858735) / 4),
         ("wan", (0.47407698 + (0.31326169 + 0.12692801 + 3.04858735) / 3) / 4),
         ("epr", (0.47407698 + 0.31326169) / 4 + ((0.62245933 + 0.26894142 + 0.11920292 + 0.95257413 - 2.9) / 4) ** 2),
         ("em", (0.47407698 + 0.31326169 - 0.1 * (0.36533385 + 0.19086496)) / 4),
@@ -88,9 +94,11 @@ def test_divisor(name):
         "p_asl": PASLSettings(top_k=0),
         "wan": WANSettings(negative_weight=0.5),
         "epr": EPRSettings(expected_positives=1.96317780),  # as many as expected: no term
+        "role": RoleSettings(expected_positives=1.96317780),
     }
     once, _, _ = loss_of([ROW] * 2, [labels] * 2, **settings)
     settings["epr"] = EPRSettings(expected_positives=2 * 1.96317780)
+    settings["role"] = RoleSettings(expected_positives=2 * 1.96317780)
     twice, _, _ = loss_of([ROW * 2] * 2, [labels * 2] * 2, **settings)
     grows = 2 if name in MEAN_OVER_IMAGES else 1
     assert (LOSSES[name].divisor == "images") == (name in MEAN_OVER_IMAGES)
@@ -145,6 +153,20 @@ def test_splc_corrects_from_its_first_epoch_on_and_reports_it():
     assert stricter.tolist() == [[False, False, True, False, False]]
 
 
+def test_curriculum_trains_what_is_sure_as_the_side_that_it_leans_to():
+    logits = [[2.5, 1.5, -1.5, -2.5, -2.5, 2.5]]
+    state = [[UNOBSERVED, UNOBSERVED, UNOBSERVED, UNOBSERVED, POSITIVE, NEGATIVE]]
+    _, rejected, grad = loss_of(logits, state, name="curriculum", epoch=1)
+    assert rejected is None
+    assert grad.sign().tolist() == [[0, 0, 0, 0, -1, 1]]
+    _, rejected, grad = loss_of(logits, state, name="curriculum", epoch=2)
+    assert rejected is not None
+    assert rejected.tolist() == [[True, False, False, False, False, False]]
+    assert grad.sign().tolist() == [[-1, 0, 0, 1, -1, 1]]
+    later = loss_of(logits, state, name="curriculum", curriculum=CurriculumSettings(threshold=1.0, first_epoch=3))[2]
+    assert later.sign().tolist() == [[-1, -1, 1, 1, -1, 1]]
+
+
 def test_selective_leaves_out_the_most_likely_of_the_whole_batch():
     """Two images, one label each by top_k: both lie in the image with the high logits."""
     logits = [[5.0, 4.0, 3.0, -2.0], [1.0, 0.0, -1.0, -3.0]]
@@ -180,7 +202,7 @@ def test_schedule_of_gr():
 
 
 def test_losses_that_choose_without_a_rate_are_not_warned_about():
-    for name in ("splc", "p-asl-selective"):
+    for name in ("splc", "p-asl-selective", "curriculum"):
         settings = LossSettings(name=name, reject_rate_step=0.5)
         assert check_reject_rate(settings, epochs=9, num_classes=9, unobserved_positives_per_image=0.1) is None
 
@@ -203,6 +225,13 @@ def test_losses_that_choose_without_a_rate_are_not_warned_about():
         (GRSettings, {"sigma": (2.0, 0.0)}, r"loss\.gr\.sigma is \(2\.0, 0\.0\); both values must be above 0"),
         (GRSettings, {"q2": 0.0}, r"loss\.gr\.q2 is 0\.0; it must be above 0 and at most 1"),
         (GRSettings, {"mu": (0.5,)}, r"loss\.gr\.mu is \(0\.5,\); it has two values"),
+        (RoleSettings, {"expected_positives": -1.0}, r"loss\.role\.expected_positives is -1\.0; it must be 0 or more"),
+        (RoleSettings, {"max_memory_gb": 0.0}, r"loss\.role\.max_memory_gb is 0\.0; it must be above 0"),
+        (EMAPLSettings, {"beta": math.inf}, r"loss\.em_apl\.beta is inf; it must be 0 or more"),
+        (EMAPLSettings, {"first_epoch": 0}, r"loss\.em_apl\.first_epoch is 0; epochs are counted from 1"),
+        (EMAPLSettings, {"share": 90.0}, r"loss\.em_apl\.share is 90\.0; it is a fraction"),
+        (CurriculumSettings, {"threshold": -2.0}, r"loss\.curriculum\.threshold is -2\.0; it is a logit, 0 or more"),
+        (CurriculumSettings, {"first_epoch": 0}, r"loss\.curriculum\.first_epoch is 0; epochs are counted"),
         (GRSettings, {"epochs": 0}, r"loss\.gr\.epochs is 0; it must be at least 1, or null"),
     ],
 )

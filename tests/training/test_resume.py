@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from paml.errors import SettingsError
+from paml.losses.em_apl import EMAPLSettings
+from paml.losses.role import RoleSettings
 from paml.training.checkpoint import Checkpoint, newest_checkpoint
 from paml.training.settings import TrainSettings
 from tests.helpers.prepared import CLASSES, COUNTS, key_of, prepare_tiny, tiny_settings, true_classes, write_states
@@ -105,6 +107,41 @@ def test_other_ways_to_train_go_on_with_the_same_bits(changes: dict, prepared: P
     scaler = newest(whole).facts["scaler"]
     assert bool(scaler) == (changes.get("precision") == "fp16")
     assert all(np.isfinite(figures["train/loss"]) for figures in newest(whole).facts["history"])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"name": "role", "role": RoleSettings(expected_positives=2.5, learning_rate_factor=100.0)},
+        {"name": "em-apl", "em_apl": EMAPLSettings(first_epoch=1)},
+    ],
+    ids=lambda loss: loss["name"],
+)
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_a_loss_remembers_is_in_the_checkpoint(loss: dict, workers: int, prepared: Path, tmp_path: Path) -> None:
+    """Stopped within the first epoch, within the second, and while the second is scored; 3 epochs of 3 batches."""
+    changes: dict[str, Any] = {"loss": loss, "checkpoint": {"every_steps": 1}, "batch_size": 16, "epochs": 3}
+    whole, broken = (tiny_settings(prepared, tmp_path / name, **changes) for name in ("whole", "broken"))
+    stops = [2, 4, 2]
+    if workers > 1:
+        run_on_ranks(unbroken_and_resumed, workers, whole, broken, stops)
+    else:
+        assert run(whole) is not None
+        for stop in stops:
+            assert run(broken, stop_at=stop) is None
+        assert run(broken) is not None
+    remembered = newest(whole).tensors["memory"]
+    assert remembered.keys() & {"estimate", "target"}
+    for tensor in remembered.values():
+        tensor.nan_to_num_(nan=7.0)  # which would differ from itself
+    found = newest(broken)
+    for tensor in found.tensors["memory"].values():
+        tensor.nan_to_num_(nan=7.0)
+    one = newest(whole)
+    one.tensors["memory"].update(remembered)
+    assert_same_bits(one, found)
+    if loss["name"] == "em-apl":
+        assert (remembered["target"] != 7).sum() > 100
 
 
 @pytest.mark.slow

@@ -258,7 +258,7 @@ def test_sync_batch_norm_without_a_gpu_is_refused(prepared: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("loss", ["an", "ll-r", "ll-ct", "ll-cp"])
+@pytest.mark.parametrize("loss", ["an", "ll-r", "ll-ct", "ll-cp", "role", "em-apl"])
 def test_a_step_on_a_gpu_waits_for_nothing(loss: str, prepared: Path) -> None:
     device = torch.device("cuda", 0)
     settings = tiny_settings(prepared, prepared / "none", loss={"name": loss}, precision="bf16")
