@@ -31,7 +31,9 @@ print(faults() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_freed_memory_is_used_again_without_the_system():
     counts = {
-        way: int(subprocess.run([sys.executable, "-c", PROGRAM, way], check=True, capture_output=True, text=True).stdout)
+        way: int(
+            subprocess.run([sys.executable, "-c", PROGRAM, way], check=True, capture_output=True, text=True).stdout
+        )
         for way in ("kept", "returned")
     }
     assert counts["kept"] < 100 < counts["returned"]
