@@ -62,6 +62,7 @@ def plan_grid(settings: CompareSettings, folder: str) -> Grid:
     regimes: dict[str, str | None] = dict(settings.labels) or {"": None}
     trainings: dict[str, Training] = {}
     tables: dict[str, list[Row]] = {}
+    read: dict[str, Training] = {}  # by name without the seed: reading settings takes a tenth of a second
     for seed in settings.seeds:
         for regime, table in regimes.items():
             for method, given in settings.methods.items():
@@ -70,13 +71,14 @@ def plan_grid(settings: CompareSettings, folder: str) -> Grid:
                 own |= {"boost.eval": next(iter(rows.values())), "boost.eval_also": list(rows.values())[1:]}
                 shared = "data.train_labels" in own or table is None
                 labels = {} if shared else {"data.train_labels": table}
-                name = slug(f"{method}-seed{seed}" if shared else f"{regime}-{method}-seed{seed}")
-                known = trainings.get(name)
-                if known is None:
-                    values = base | labels | own | {"seed": seed}
-                    trainings[name] = training(settings, name, method, values, folder)
-                elif known.method != method:
-                    raise SettingsError(f"methods {known.method!r} and {method!r} would both lie in {name}: rename one")
+                stem = slug(method if shared else f"{regime}-{method}")
+                if stem not in read:
+                    read[stem] = training(settings, stem, method, base | labels | own, folder)
+                elif read[stem].method != method:
+                    other = read[stem].method
+                    raise SettingsError(f"methods {other!r} and {method!r} would both lie in {stem}: rename one")
+                name = f"{stem}-seed{seed}"
+                trainings[name] = _seeded(read[stem], name, seed)
                 for row, alpha in rows.items():
                     _add(tables.setdefault(regime, []), row, f"{alpha:g}", seed, name)
     grid = Grid(trainings, {regime: tuple(rows) for regime, rows in tables.items()})
@@ -113,6 +115,11 @@ def training(
     hidden = {"data.test_split": None} if searched else {}
     found = read_training({**values, **place, **hidden}, f"method {method!r}")
     return Training(name, method, at_absolute_paths(found, folder))
+
+
+def _seeded(training: Training, name: str, seed: int) -> Training:
+    run = dataclasses.replace(training.settings.run, name=name)
+    return Training(name, training.method, dataclasses.replace(training.settings, seed=seed, run=run))
 
 
 def read_training(values: Mapping[str, Any], where: str) -> TrainSettings:

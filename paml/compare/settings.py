@@ -62,6 +62,8 @@ class CompareSettings(GridSettings):
     """Row that every other is compared with by the paired bootstrap; null for none."""
     published: DataSet | None = None
     """Data set whose published figures stand beside the rows of the same name."""
+    train: bool = True
+    """False trains nothing and prints the tables of what is finished."""
     replicates: int = 1000
     """Of the bootstrap over test images; 0 for no intervals."""
     bootstrap_seed: int = 0

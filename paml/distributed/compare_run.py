@@ -50,6 +50,8 @@ def run_compare(settings: CompareSettings) -> int:
     folder = grid_folder(settings, settings.name, base)
     due = [each for each in trainings if not finished(each)]
     print(f"{len(trainings)} trainings, of which {len(trainings) - len(due)} are done, in {folder}", flush=True)
+    if not settings.train:
+        due = []
 
     def work(journal: Journal, parent: str | None) -> int:
         tags = {PARENT_TAG: parent} if parent else {}

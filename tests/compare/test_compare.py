@@ -168,7 +168,7 @@ def test_hours_leave_stops_out():
         ({"methods": METHODS | {"x": {"batch_size": "many"}}}, r"method 'x': .*batch_size"),
         ({"methods": METHODS | {"x": {"rows": {"AN": 1}}}}, "two methods have a row 'AN'"),
         ({"methods": METHODS | {"x": {"rows": {"A": 1, "B": 1}}}}, "method 'x': rows is"),
-        ({"methods": METHODS | {"a n": {}, "a-n": {}}}, "would both lie in partial-a-n-seed0"),
+        ({"methods": METHODS | {"a n": {}, "a-n": {}}}, "would both lie in partial-a-n"),
         ({"methods": METHODS | {"x": {"metrics.no_positives": "zero"}}}, "differ in metrics.no_positives"),
         ({"methods": {}}, "methods is empty"),
         ({"below": "nothing"}, "below is 'nothing'; the rows are full labels, AN"),
