@@ -3,6 +3,9 @@
 A replicate gives each image a weight, how often it was drawn, and every pair the weight of its image. A model's pairs
 are sorted once; a replicate is then one gather and one running sum over them.
 
+Replicates lie above the model's own mAP, as a positive drawn twice is found twice at one threshold: by 0.5 of their
+standard deviation with 30 positives a class, by 0.2 with 300. In a difference of two models most of that cancels.
+
 Axes: n pairs, K classes, I images, R replicates.
 """
 

@@ -26,7 +26,7 @@ from paml.compare.table import (
     table_lines,
 )
 from paml.distributed import cluster
-from paml.distributed.grid_run import AGAIN, check_trainings, train_all
+from paml.distributed.grid_run import AGAIN, check_trainings, join_cluster, train_all
 from paml.distributed.run import stopping
 from paml.shards.tasks import one_line
 from paml.tracking import Journal, MlflowFollower, read_journal, replay
@@ -52,6 +52,8 @@ def run_compare(settings: CompareSettings) -> int:
     print(f"{len(trainings)} trainings, of which {len(trainings) - len(due)} are done, in {folder}", flush=True)
     if not settings.train:
         due = []
+    if due:
+        join_cluster(due, settings)
 
     def work(journal: Journal, parent: str | None) -> int:
         tags = {PARENT_TAG: parent} if parent else {}

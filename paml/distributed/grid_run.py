@@ -46,6 +46,17 @@ def check_trainings(trainings: Sequence[Training]) -> None:
             storage.ensure_writable(folder)
 
 
+def join_cluster(trainings: Sequence[Training], settings: GridSettings) -> None:
+    """Join the cluster if any of them needs one. To be called before signals are caught: Ray takes them for itself."""
+    workers = [each.settings.workers for each in trainings if each.settings.workers.num_workers > 0]
+    if workers:
+        from paml.distributed.ray_train import connect
+
+        connect(dataclasses.replace(workers[0], address=settings.address or workers[0].address))
+    elif settings.at_once != 0:
+        cluster.join(settings.address)
+
+
 def train_all(
     trainings: Sequence[Training],
     settings: GridSettings,
@@ -54,7 +65,7 @@ def train_all(
     tags: Mapping[str, str],
     last_epoch: int | None = None,
 ) -> dict[str, str]:
-    """Train them to their end, or to `last_epoch`; returns name -> error of those that failed.
+    """Train them to their end, or to `last_epoch`; returns name -> error of those that failed. After `join_cluster`.
 
     done: trainings of the grid that need nothing more, for the progress lines. tags: of each training's MLflow run.
     """
@@ -127,7 +138,6 @@ def _train_on_ray(
         def ended(self, name: str, error: str | None) -> None:
             self.say(progress.ended(name, error))
 
-    cluster.join(settings.address)
     refuse_unshared(trainings[0].settings.run.storage)
     console: Any = ray.remote(num_cpus=0, runtime_env=cluster.task_environment())(Board).remote()  # pyright: ignore
     mlflow = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}

@@ -8,7 +8,7 @@ from paml.compare.halving import Candidate, Rung, best_of, candidates, history_o
 from paml.compare.settings import SearchSettings
 from paml.distributed import cluster
 from paml.distributed.compare_run import tracked
-from paml.distributed.grid_run import AGAIN, check_trainings, train_all
+from paml.distributed.grid_run import AGAIN, check_trainings, join_cluster, train_all
 from paml.tracking import Journal
 from paml.training.loop import run_folder_of
 
@@ -26,6 +26,7 @@ def run_search(settings: SearchSettings) -> int:
     methods = candidates(settings, base)
     everyone = [each for own in methods.values() for each in own]
     check_trainings([each.training for each in everyone])
+    join_cluster([each.training for each in everyone], settings)
     folder = grid_folder(settings, NAME, base)
     print(f"{len(everyone)} configurations of {len(methods)} methods, in {folder}", flush=True)
 

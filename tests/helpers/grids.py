@@ -1,6 +1,5 @@
 """Tiny grids of trainings, in this process unless a test asks for Ray."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,3 @@ def tiny_search(root: Path, storage: Path, **changes: Any) -> SearchSettings:
         "at_once": 0,
     }
     return SearchSettings(**given | changes)
-
-
-def without(settings: CompareSettings, **changes: Any) -> CompareSettings:
-    """The same with some fields changed."""
-    return dataclasses.replace(settings, **changes)

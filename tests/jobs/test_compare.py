@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import yaml
 
 from paml.compare.settings import CompareSettings
 from paml.distributed.local_head import ray_head
-from tests.helpers.grids import tiny_grid
-from tests.helpers.jobs import QUIET, ROOT, environment
+from paml.tracking import read_journal
+from tests.helpers.grids import METHODS, tiny_grid
+from tests.helpers.jobs import QUIET, ROOT, Job, environment
 
 
 def submit(head: dict[str, str], *arguments: str) -> tuple[int, str]:
@@ -37,8 +39,7 @@ def test_submitted_comparison(prepared: Path, tmp_path: Path):
     from mlflow import MlflowClient
 
     os.environ.update(QUIET)
-    settings = tiny_grid(prepared, tmp_path / "runs", mlflow=True, at_once=None)
-    methods = settings.methods | {"lost": {"loss.name": "iu", "model.weights": str(tmp_path / "nowhere.pth")}}
+    methods = METHODS | {"lost": {"loss.name": "iu", "model.weights": str(tmp_path / "nowhere.pth")}}
     config = written(
         tiny_grid(prepared, tmp_path / "runs", mlflow=True, at_once=None, methods=methods), tmp_path / "c.yaml"
     )
@@ -66,3 +67,21 @@ def test_submitted_comparison(prepared: Path, tmp_path: Path):
     finished = {name: run for name, run in runs.items() if run.info.status == "FINISHED"}
     assert set(finished) == {"full-labels-seed0", "partial-an-seed0", "partial-LL-R-BoostLU-seed0"}
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_stopped_comparison(prepared: Path, tmp_path: Path):
+    """Without a cluster: SIGTERM ends the trainings side by side, their journals say so, and all can go on."""
+    settings = tiny_grid(prepared, tmp_path / "runs", at_once=None, common={"epochs": 40})
+    command = [sys.executable, "jobs/compare.py", "--config", written(settings, tmp_path / "c.yaml")]
+    with Job(command, tmp_path / "log", env=environment()) as job:
+        job.until(lambda: job.output.count("epoch 2/40") > 1, "two trainings have two epochs")
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait(60) == 128 + signal.SIGTERM, job.output
+        assert "stopped; the same command goes on" in job.output
+    journals = [path.parent for path in (tmp_path / "runs").glob("*/journal")]
+    assert len(journals) >= 3
+    for run in journals:
+        statuses = [event.value for event in read_journal(str(run), unreadable={}) if event.kind == "status"]
+        assert statuses == ["RUNNING", "KILLED"]
