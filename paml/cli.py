@@ -1,11 +1,14 @@
 """What every job does the same way: settings in, one call, exit status out."""
 
+import argparse
+import difflib
+import functools
 import os
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from paml.errors import PamlError
+from paml.errors import PamlError, SettingsError
 from paml.labels.states import LabelError
 from paml.storage import StorageError
 
@@ -36,6 +39,32 @@ def read_settings(kind: type[T], description: str, default_config: str | None = 
         return kind(**parser.instantiate(parsed).as_dict())
     except MENDABLE as error:
         parser.error(str(error))
+
+
+def checked_settings(kind: type[T], values: Mapping[str, Any], where: str, known: Mapping[str, Any]) -> T:
+    """Settings from values by dotted name, read and checked as those of a recipe; what is absent takes its default.
+
+    known: every dotted name there is. Raises SettingsError that begins with `where` and names what is wrong.
+    """
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            like = f"; like it are {', '.join(close)}" if close else ""
+            raise SettingsError(f"{where}: there is no setting {name!r}{like} (--help of the training job lists all)")
+    parser = _parser(kind)
+    try:
+        return kind(**parser.instantiate(parser.parse_object(dict(values))).as_dict())
+    except (argparse.ArgumentError, *MENDABLE) as error:
+        raise SettingsError(f"{where}: {error}") from error
+
+
+@functools.cache
+def _parser(kind: type) -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, as_group=False)
+    return parser
 
 
 def run_job(work: Callable[[], int | None]) -> int:

@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from paml.tracking.figures import rejected_by_epoch_figure
 from paml.tracking.model import final_model
 from paml.training.checkpoint import committed, read_checkpoint
 from paml.training.data import RunData, open_data
-from paml.training.loop import Result, Watcher, run_folder_of, terminal_bar, train
+from paml.training.loop import Result, Watcher, pairs_path, run_folder_of, terminal_bar, train
 from paml.training.settings import TrainSettings, at_absolute_paths, flatten, refuse_other_settings
 from paml.training.world import World
 
@@ -35,6 +35,26 @@ def run_training(settings: TrainSettings) -> int:
     says FAILED or KILLED, and `--run.resume true` goes on from the newest checkpoint.
     """
     settings = at_absolute_paths(settings, cluster.base_folder())
+    follower = train_run(settings)
+    if follower is not None:
+        print(f"MLflow: {follower.tracking_uri}, experiment {settings.run.experiment}, run {follower.run_id}")
+    return 0
+
+
+def train_run(
+    settings: TrainSettings,
+    *,
+    say: Callable[[str], None] = print,
+    tags: Mapping[str, str] | None = None,
+    last_epoch: int | None = None,
+    again: str | None = None,
+) -> MlflowFollower | None:
+    """`run_training` at absolute paths, alone or as one of many; returns the follower whose MLflow holds all of it.
+
+    say: hears the run's lines (not those of Ray Train workers, which have a console of their own). tags: added to the
+    run's own. last_epoch: as in `paml.training.loop.train`, for a run without Ray Train workers; it leaves no report.
+    again: what to tell somebody who stops the run. Raises as `run_training` does.
+    """
     run_folder = run_folder_of(settings)
     data = open_data(settings.data)
     claim_run(settings, run_folder)
@@ -43,17 +63,19 @@ def run_training(settings: TrainSettings) -> int:
     if settings.workers.num_workers > 0:
         from paml.distributed.ray_train import connect
 
-        connect(settings.workers)  # before _stopping: ray.init takes the signals for itself
-    with _stopping() as signals:
+        connect(settings.workers)  # before stopping: ray.init takes the signals for itself
+    with stopping() as signals:
         try:
-            _open_journal(journal, settings, data)
+            _open_journal(journal, settings, data, tags or {})
             if settings.run.mlflow:
                 follower = MlflowFollower(run_folder, storage_root=settings.run.storage)
             sampler = SystemSampler(journal, settings.run.system_seconds) if settings.run.system_seconds else None
-            result = _train(settings, run_folder)
+            result = _train(settings, run_folder, say, last_epoch)
             if sampler is not None:
                 sampler.close()
-            _report(result, settings, data, run_folder, journal)
+            if last_epoch is None:
+                _report(result, settings, data, run_folder, journal)
+                storage.write_bytes(storage.join(run_folder, "result.json"), json.dumps(result.to_json()).encode())
             journal.status("FINISHED")
         except KeyboardInterrupt:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -63,16 +85,15 @@ def run_training(settings: TrainSettings) -> int:
             if follower is not None:
                 submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # `ray job stop` leaves three seconds
                 follower.close(timeout=1.5 if submitted else 15.0)
-            print(f"stopped; go on with --run.resume true --run.name {settings.run.name}", file=sys.stderr, flush=True)
+            again = again or f"go on with --run.resume true --run.name {settings.run.name}"
+            print(f"stopped; {again}", file=sys.stderr, flush=True)
             raise SystemExit(128 + (signals[0] if signals else signal.SIGINT)) from None
         except BaseException:
             journal.status("FAILED")
             if follower is not None:
                 follower.close(timeout=10.0)
             raise
-    if follower is not None and follower.close(timeout=60.0) == 0:
-        print(f"MLflow: {follower.tracking_uri}, experiment {settings.run.experiment}, run {follower.run_id}")
-    return 0
+    return follower if follower is not None and follower.close(timeout=60.0) == 0 else None
 
 
 def claim_run(settings: TrainSettings, run_folder: str) -> None:
@@ -100,7 +121,7 @@ def claim_run(settings: TrainSettings, run_folder: str) -> None:
 
 
 @contextlib.contextmanager
-def _stopping() -> Iterator[list[int]]:
+def stopping() -> Iterator[list[int]]:
     """SIGTERM and Ctrl-C become Stopped; yields the signals so far. `ray job stop` leaves three seconds."""
     signals: list[int] = []
 
@@ -116,13 +137,13 @@ def _stopping() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _train(settings: TrainSettings, run_folder: str) -> Result:
+def _train(settings: TrainSettings, run_folder: str, say: Callable[[str], None], last_epoch: int | None) -> Result:
     if settings.workers.num_workers > 0:
         from paml.distributed.ray_train import train_on_ray
 
         return train_on_ray(settings, run_folder)
-    watcher = Watcher(journal=Journal(run_folder, "rank0"), bar=terminal_bar)
-    return train(settings, World(), watcher)
+    watcher = Watcher(journal=Journal(run_folder, "rank0"), say=say, bar=terminal_bar)
+    return train(settings, World(), watcher, last_epoch)
 
 
 def _versions() -> dict[str, str]:
@@ -135,7 +156,7 @@ def _versions() -> dict[str, str]:
     return {"version.paml": __version__, "version.python": sys.version.split()[0], **found}
 
 
-def _open_journal(journal: Journal, settings: TrainSettings, data: RunData) -> None:
+def _open_journal(journal: Journal, settings: TrainSettings, data: RunData, more: Mapping[str, str]) -> None:
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     note = (
         f"**{settings.loss.name}**, boost {settings.boost.train:g} in training and {settings.boost.eval:g} in scoring, "
@@ -147,6 +168,7 @@ def _open_journal(journal: Journal, settings: TrainSettings, data: RunData) -> N
         "method": settings.loss.name + ("+boost" if settings.boost.train > 1 else ""),
         "backbone": settings.model.backbone,
         **_versions(),
+        **more,
     }
     submission = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
     if "job_submission_id" in submission:
@@ -173,6 +195,7 @@ def _report(result: Result, settings: TrainSettings, data: RunData, run_folder: 
         path = storage.join(run_folder, "artifacts", f"test_per_class_alpha_{alpha}.parquet")
         write_per_class(path, scores, data.classes, data.names)
         journal.artifact(path, f"tables/test_per_class_alpha_{alpha}.parquet")
+        journal.artifact(pairs_path(run_folder, alpha), f"tables/test_pairs_alpha_{alpha}.parquet")
     if rows:
         table = score_table(rows)
         print(f"\ntest scores of {settings.run.name}, in percent\n{table}\n", flush=True)

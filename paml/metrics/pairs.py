@@ -3,18 +3,23 @@
 Axes: B images, K classes, n pairs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from paml import storage
+from paml.errors import DataError
 from paml.labels.states import POSITIVE, UNOBSERVED
+
+SCHEMA_VERSION = 1
 
 
 class Pairs(NamedTuple):
-    """Annotated (image, class) pairs; which image does not matter."""
+    """Annotated (image, class) pairs. A score needs the first three; resampling images needs the fourth."""
 
     cls: Tensor
     """int32 [n]"""
@@ -22,15 +27,19 @@ class Pairs(NamedTuple):
     """float32 [n]"""
     positive: Tensor
     """bool [n]"""
+    image: Tensor
+    """int64 [n], a number of its own for each image: its place in the manifest"""
 
 
-def pairs_of(logits_BK: Tensor, image: Tensor, cls: Tensor, state: Tensor) -> Pairs:
+def pairs_of(logits_BK: Tensor, image: Tensor, cls: Tensor, state: Tensor, place_B: Tensor | None = None) -> Pairs:
     """The pairs of a batch from its label triples (image within the batch, class, state), on the logits' device.
 
-    The triples must hold observed labels only, as label tables do. Nothing waits for the device.
+    place_B: int64, each image's place in the manifest; without it images are numbered within the batch. The triples
+    must hold observed labels only, as label tables do. Nothing waits for the device.
     """
-    score = logits_BK.detach()[image.long(), cls.long()].float()
-    return Pairs(cls.to(torch.int32), score, state == POSITIVE)
+    image = image.long()
+    score = logits_BK.detach()[image, cls.long()].float()
+    return Pairs(cls.to(torch.int32), score, state == POSITIVE, image if place_B is None else place_B[image])
 
 
 def pairs_of_states(logits_BK: Tensor, state_BK: Tensor) -> Pairs:
@@ -43,10 +52,8 @@ def join_pairs(parts: Sequence[Pairs], device: torch.device | str = "cpu") -> Pa
     """One set of pairs from many; no parts give an empty set on `device`."""
     if not parts:
         empty = torch.empty(0, device=device)
-        return Pairs(empty.to(torch.int32), empty.to(torch.float32), empty.to(torch.bool))
-    return Pairs(
-        torch.cat([p.cls for p in parts]), torch.cat([p.score for p in parts]), torch.cat([p.positive for p in parts])
-    )
+        return Pairs(empty.to(torch.int32), empty.to(torch.float32), empty.to(torch.bool), empty.to(torch.int64))
+    return Pairs(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def gather_pairs(pairs: Pairs, group: dist.ProcessGroup | None) -> Pairs:
@@ -63,12 +70,50 @@ def gather_pairs(pairs: Pairs, group: dist.ProcessGroup | None) -> Pairs:
     dist.all_gather(sizes, size, group=group)
     lengths = [int(s) for s in torch.cat(sizes).tolist()]
     longest = max(lengths)
-    packed = torch.zeros(longest, 2, dtype=torch.int32, device=device)
-    packed[: len(pairs.cls), 0] = pairs.cls * 2 + pairs.positive
-    packed[: len(pairs.cls), 1] = pairs.score.view(torch.int32)
+    packed = torch.zeros(longest, 2, dtype=torch.int64, device=device)
+    packed[: len(pairs.cls), 0] = pairs.image * 2 + pairs.positive
+    packed[: len(pairs.cls), 1] = pairs.cls.long() << 32 | (pairs.score.view(torch.int32).long() & 0xFFFFFFFF)
     all_packed = [torch.empty_like(packed) for _ in lengths]
     if longest:
         dist.all_gather(all_packed, packed, group=group)
     joined = torch.cat([part[:length] for part, length in zip(all_packed, lengths, strict=True)])
-    label, bits = joined.unbind(1)
-    return Pairs(label // 2, bits.contiguous().view(torch.float32), label % 2 == 1)
+    image, label = joined.unbind(1)
+    return Pairs(
+        cls=(label >> 32).to(torch.int32),
+        score=label.to(torch.int32).view(torch.float32),  # the low half
+        positive=image % 2 == 1,
+        image=image // 2,
+    )
+
+
+def write_pairs(path: str, pairs: Pairs, num_classes: int, about: Mapping[str, str]) -> None:
+    """Write the pairs to a Parquet file (local or s3://) with the columns image, class_index, score, positive.
+
+    `about` (text, such as the digest of the split) stands in the file's metadata beside the number of classes.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"image": pairs.image, "class_index": pairs.cls, "score": pairs.score, "positive": pairs.positive}
+    table = pa.table({name: values.cpu().numpy() for name, values in columns.items()})
+    facts = {"schema_version": str(SCHEMA_VERSION), "num_classes": str(num_classes), **about}
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(facts), sink)
+    storage.write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def read_pairs(path: str) -> tuple[Pairs, dict[str, str]]:
+    """What `write_pairs` wrote: the pairs, and the metadata. Raises DataError for another schema version."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(pa.BufferReader(storage.read_bytes(path)))
+    facts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    if facts.get("schema_version") != str(SCHEMA_VERSION):
+        raise DataError(
+            f"{path} has schema version {facts.get('schema_version')}, this paml reads {SCHEMA_VERSION}: score the run "
+            "again with this paml"
+        )
+    names = ("class_index", "score", "positive", "image")
+    columns = (table[name].to_numpy(zero_copy_only=False) for name in names)
+    return Pairs(*(torch.from_numpy(np.array(values)) for values in columns)), facts

@@ -38,9 +38,10 @@ def score_pairs(
         with _autocast(world.device, autocast):
             maps_BKHW = model.maps(images)
         labels = batch.labels.to(world.device)
+        place_B = torch.from_numpy(batch.index).to(world.device)
         for alpha in alphas:
             logits_BK = pool_logits(maps_BKHW, alpha)
-            found[alpha].append(pairs_of(logits_BK, labels.image, labels.cls, labels.state))
+            found[alpha].append(pairs_of(logits_BK, labels.image, labels.cls, labels.state, place_B))
         watch(len(batch))
     for module, mode in was_training.items():
         module.training = mode

@@ -18,7 +18,7 @@ from paml.data.loader import Loader
 from paml.data.plan import EpochPlan
 from paml.errors import NonFiniteLossError, SettingsError
 from paml.losses import LOSSES, check_reject_rate
-from paml.metrics import Scores, scores
+from paml.metrics import Pairs, Scores, scores, write_pairs
 from paml.models.cam import CamClassifier, build_model, set_training
 from paml.shards.cache import Traffic
 from paml.training.allocator import keep_memory
@@ -128,11 +128,20 @@ def run_folder_of(settings: TrainSettings) -> str:
     return storage.join(settings.run.storage, settings.run.name)
 
 
-def train(settings: TrainSettings, world: World, watcher: Watcher) -> Result:
+def pairs_path(run_folder: str, alpha: str) -> str:
+    """Where a run leaves the scored pairs of its test split, for one alpha."""
+    from paml import storage
+
+    return storage.join(run_folder, "artifacts", f"test_pairs_alpha_{alpha}.parquet")
+
+
+def train(settings: TrainSettings, world: World, watcher: Watcher, last_epoch: int | None = None) -> Result:
     """Train, score every epoch, and score the test split by the best one.
 
     Goes on from the newest whole checkpoint of the run's folder: whether a run of this name may be taken up is
-    the launcher's to decide. Raises PamlError for anything that the user has to mend.
+    the launcher's to decide. `last_epoch` breaks the run off after that epoch, the test split not scored; no setting,
+    so that schedules keep their length and a later call goes on as the unbroken run. Raises PamlError for anything
+    that the user has to mend.
     """
     if world.device.type == "cpu":
         keep_memory()
@@ -150,11 +159,13 @@ def train(settings: TrainSettings, world: World, watcher: Watcher) -> Result:
     share = _probe_share(settings, data)
 
     while state.epoch <= settings.all_epochs and not _patience_over(state):
+        if last_epoch is not None and state.epoch > last_epoch:
+            return Result(state.best, {}, state.history)
         started, begun_at = time.monotonic(), state.step
         traffic = _train_epoch(state, data, run_folder, share, watcher)
         seconds = time.monotonic() - started
         figures = _epoch_figures(state, data, seconds, begun_at) | _traffic_figures(state.world, traffic)
-        scored = _score(state, data.validation, data, watcher, f"epoch {state.epoch} validation")
+        scored, _ = _score(state, data.validation, data, watcher, f"epoch {state.epoch} validation")
         figures |= _score_figures(scored, "val", "groups")
         if world.first and watcher.journal is not None:
             watcher.journal.metrics(figures, state.epoch)
@@ -351,7 +362,9 @@ def scored_model(state: TrainState) -> CamClassifier:
     return state.averaged if state.averaged is not None else state.model
 
 
-def _score(state: TrainState, split: Split, data: RunData, watcher: Watcher, title: str) -> dict[float, Scores]:
+def _score(
+    state: TrainState, split: Split, data: RunData, watcher: Watcher, title: str
+) -> tuple[dict[float, Scores], dict[float, Pairs]]:
     settings = state.settings
     model = scored_model(state)
     state.world.broadcast_buffers(model)
@@ -369,9 +382,9 @@ def _score(state: TrainState, split: Split, data: RunData, watcher: Watcher, tit
     bar.close()
     _name_bad(state, loader, title, watcher)
     positives, negatives = data.train.table.class_counts()
-    return {
+    scored = {
         alpha: scores(
-            *found,
+            *found[:3],
             state.num_classes,
             settings=settings.metrics,
             train_positives=positives,
@@ -379,6 +392,7 @@ def _score(state: TrainState, split: Split, data: RunData, watcher: Watcher, tit
         )
         for alpha, found in pairs.items()
     }
+    return scored, pairs
 
 
 def _score_figures(scored: dict[float, Scores], prefix: str, groups: str) -> dict[str, float]:
@@ -441,14 +455,18 @@ def _score_best(state: TrainState, data: RunData, run_folder: str, watcher: Watc
         return {}
     group = "averaged" if state.averaged is not None else "weights"
     found: dict[str, Scores] = {}
-    by_epoch: dict[str, dict[float, Scores]] = {}
+    by_epoch: dict[str, tuple[dict[float, Scores], dict[float, Pairs]]] = {}
     for alpha in state.settings.boost.scored:
         best = state.best[f"{alpha:g}"]
         name = best["checkpoint"]
         if name not in by_epoch:
             load_scored(state, read_checkpoint(run_folder, name, groups=(group,)))
             by_epoch[name] = _score(state, data.test, data, watcher, "test")
-        found[f"{alpha:g}"] = by_epoch[name][alpha]
+        scored, pairs = by_epoch[name]
+        found[f"{alpha:g}"] = scored[alpha]
+        if state.world.first:
+            about = {"split": data.test.manifest.digest, "labels": data.test.table.digest}
+            write_pairs(pairs_path(run_folder, f"{alpha:g}"), pairs[alpha], state.num_classes, about)
     if state.world.first and watcher.journal is not None:
         ordered = {float(alpha): score for alpha, score in found.items()}
         epoch = state.best[f"{state.settings.boost.eval:g}"]["epoch"]

@@ -106,7 +106,7 @@ def evaluate(settings: EvaluateSettings, say: Callable[[str], None] = print) -> 
     positives, negatives = train.table.class_counts()
     rows = {
         f"alpha {alpha:g}": scores(
-            *found,
+            *found[:3],
             split.table.num_classes,
             settings=run.metrics,
             train_positives=positives,

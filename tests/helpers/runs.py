@@ -141,7 +141,7 @@ def trace_steps(rank: int, settings: TrainSettings, steps: int) -> Trace:
     none = np.zeros(state.num_classes, np.int64)
     trace.pairs = len(pairs.cls)
     trace.map = scores(
-        *pairs, state.num_classes, settings=MetricSettings(), train_positives=none, train_negatives=none
+        *pairs[:3], state.num_classes, settings=MetricSettings(), train_positives=none, train_negatives=none
     ).map
     trace.weights = {name: value.detach().clone() for name, value in state.model.named_parameters()}
     return trace

@@ -18,8 +18,10 @@ from paml.metrics import (
     join_pairs,
     pairs_of,
     pairs_of_states,
+    read_pairs,
     score_table,
     scores,
+    write_pairs,
     write_per_class,
 )
 from tests.helpers.ranks import run_on_ranks
@@ -147,6 +149,8 @@ def test_pairs_of_a_batch():
     assert pairs.cls.tolist() == [2, 0, 1]
     assert pairs.score.tolist() == [2.5, 3.5, 4.5]
     assert pairs.positive.tolist() == [True, False, True]
+    assert pairs.image.tolist() == [0, 1, 1]
+    assert pairs_of(logits, image, cls, state, torch.tensor([70, 60])).image.tolist() == [70, 60, 60]
     dense = torch.full((2, 3), UNOBSERVED, dtype=torch.int8)
     dense[image.long(), cls.long()] = state
     for ours, same in zip(pairs_of_states(logits, dense), pairs, strict=True):
@@ -155,12 +159,21 @@ def test_pairs_of_a_batch():
     assert join_pairs([]).score.dtype == torch.float32
 
 
+def test_pairs_survive_a_file(tmp_path):
+    wanted, path = all_pairs(), str(tmp_path / "pairs.parquet")
+    write_pairs(path, wanted, 5000, {"split": "abc"})
+    found, facts = read_pairs(path)
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(found, wanted, strict=True))
+    assert (facts["num_classes"], facts["split"]) == ("5000", "abc")
+
+
 def all_pairs():
     rng = np.random.default_rng(5)
     return Pairs(
         torch.from_numpy(rng.integers(0, 5000, 300).astype(np.int32)),
         torch.from_numpy(rng.standard_normal(300).astype(np.float32) * 50),
         torch.from_numpy(rng.random(300) < 0.5),
+        torch.from_numpy(rng.integers(0, 2**40, 300)),
     )
 
 
@@ -175,9 +188,10 @@ def test_workers_gather_uneven_pairs():
     """Each pair once, on every worker, and the same score as on one."""
     cuts = [0, 211, 211, 300]
     wanted = all_pairs()
-    for (cls, score, positive), num_nothing in run_on_ranks(gathering_worker, 3, cuts):
+    for (cls, score, positive, image), num_nothing in run_on_ranks(gathering_worker, 3, cuts):
         assert np.array_equal(cls, wanted.cls.numpy())
         assert np.array_equal(score, wanted.score.numpy())
         assert np.array_equal(positive, wanted.positive.numpy())
+        assert np.array_equal(image, wanted.image.numpy())
         assert num_nothing == 0
     assert gather_pairs(wanted, None) is wanted

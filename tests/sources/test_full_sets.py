@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from paml import storage
+from paml.data.settings import DataSettings
 from paml.errors import DataError
 from paml.labels import LabelTable, observe_single_positive, single_positive
 from paml.shards import ShardSettings, write_shards
@@ -16,8 +17,10 @@ from paml.sources.cub import cub
 from paml.sources.full import FullSplit
 from paml.sources.nus_wide import nus_wide
 from paml.sources.parts import read_parts
+from paml.sources.single_positive_protocol import prepare_single_positive
 from paml.sources.voc import CLASSES as VOC_CLASSES
 from paml.sources.voc import voc
+from paml.training.data import open_data
 from tests.labels.test_table import pairs_of
 from tests.shards.images import source
 
@@ -285,3 +288,26 @@ def test_cub_faults_are_named(cub_tree: Path, tmp_path: Path) -> None:
     (cub_tree / "train_test_split.txt").write_text("1 0\n2 1\n")
     with pytest.raises(DataError, match=r"image 3 stands in one of images.txt and train_test_split.txt only"):
         cub(str(cub_tree), str(tmp_path))
+
+
+def test_single_positive_protocol(voc_tree: Path, tmp_path: Path) -> None:
+    """A folder that a training opens: validation is taken from train after the positives were drawn over all of it."""
+    sets = voc(str(voc_tree), str(tmp_path / "all"))
+    prepare_single_positive(sets, str(tmp_path / "data"), ShardSettings(size=16), validation_share=0.4)
+    single = LabelTable.open(str(tmp_path / "data/labels/train-single.arrow"))
+    full = LabelTable.open(str(tmp_path / "data/labels/train-full.arrow"))
+    validation = LabelTable.open(str(tmp_path / "data/labels/validation.arrow"))
+    assert sorted([*full.keys(), *validation.keys()]) == sets["train"].table.keys()
+    kept = single.keys()
+    assert kept == full.keys()
+    drawn = observe_single_positive(sets["train"].table, str(tmp_path / "drawn.arrow"), 1200, protocol="released")
+    wanted = {pair: state for pair, state in pairs_of(drawn).items() if pair[0] in kept}
+    assert pairs_of(single) == wanted
+    data = open_data(DataSettings(root=str(tmp_path / "data"), train_labels="labels/train-single.arrow"))
+    assert len(data.train.samples) == 2
+    assert len(data.validation.samples) == 1
+    assert data.train.truth is not None
+    assert data.test is not None
+    assert data.test.manifest.num_samples == 1
+    with pytest.raises(DataError, match="needed are train and test"):
+        prepare_single_positive({"train": sets["train"]}, str(tmp_path / "x"), ShardSettings(size=16))
