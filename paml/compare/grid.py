@@ -16,7 +16,16 @@ from paml.training.settings import TrainSettings, at_absolute_paths, flatten
 
 ONE_YARDSTICK = ("data.root", "data.validation_split", "data.test_split", "metrics.")
 """Settings in which the rows of one table may not differ: they would be scored on other pairs or by other rules."""
-BUDGET = ("epochs", "batch_size", "model.backbone", "model.weights", "model.output_stride", "data.image_size")
+BUDGET = (
+    "epochs",
+    "linear_init.epochs",
+    "batch_size",
+    "model.backbone",
+    "model.weights",
+    "model.output_stride",
+    "model.train_from",
+    "data.image_size",
+)
 """Settings that say what a row has cost; one that differs is named below the table."""
 
 

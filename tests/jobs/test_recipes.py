@@ -47,4 +47,4 @@ def test_the_comparison_is_as_large_as_its_recipe_says(monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "argv", ["job", "--config", str(recipe), "--seeds", "[0]"])
     grid = plan_grid(read_settings(CompareSettings, ""), str(ROOT))
     assert f"{len(grid.trainings)} trainings a seed" in recipe.read_text()
-    assert [len(rows) for rows in grid.tables.values()] == [35, 35]
+    assert [len(rows) for rows in grid.tables.values()] == [41, 41]
