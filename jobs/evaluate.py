@@ -1,6 +1,6 @@
 """Score a run's checkpoint on a split: mAP, the five class groups and micro figures, over annotated pairs.
 
-python jobs/evaluate.py --run runs/openimages-v3 --split test --alpha 5
+python jobs/evaluate.py --run runs/openimages-v3 --split test --alphas '[1, 5]'
 """
 
 import sys

@@ -34,14 +34,17 @@ class Rung:
     kept: int
 
 
-def rungs(configurations: int, epochs: int, first: int, eta: int) -> list[Rung]:
-    """The rungs of a search; the last one is the whole training, and keeps one."""
+def rungs(configurations: int, epochs: int, first: int, eta: int, head_epochs: int = 0) -> list[Rung]:
+    """The rungs of a search; the last one is the whole training, and keeps one.
+
+    head_epochs: of the head alone, which come before the `epochs` and tell nothing of most settings.
+    """
     found, left, upto = [], configurations, first
     while upto < epochs and left > 1:
         left = -(-left // eta)
-        found.append(Rung(upto, left))
+        found.append(Rung(head_epochs + upto, left))
         upto *= eta
-    return [*found, Rung(epochs, 1)]
+    return [*found, Rung(head_epochs + epochs, 1)]
 
 
 def draw(space: Mapping[str, Sequence[Any]], count: int, seed: int) -> list[dict[str, Any]]:
@@ -75,6 +78,12 @@ def candidates(settings: SearchSettings, folder: str) -> dict[str, list[Candidat
             found[method].append(
                 Candidate(method, values, training(settings, name, method, all_values, folder, searched=True))
             )
+        lengths = [(each.training.settings.epochs, each.training.settings.linear_init.epochs) for each in found[method]]
+        if len(set(lengths)) > 1:
+            raise SettingsError(
+                f"method {method!r}: its configurations differ in epochs or linear_init.epochs, but the rungs of a "
+                "search are of trainings of one length: take these out of space, or make two methods of them"
+            )
     return found
 
 
@@ -90,8 +99,12 @@ def history_of(candidate: Candidate) -> list[dict[str, float]]:
 
 
 def best_of(history: Sequence[Mapping[str, float]], epochs: int) -> tuple[float, int]:
-    """Best validation mAP within the first `epochs`, whatever came later, and its epoch; NaN counts as worst."""
-    scored = [(figures["val/map"], -int(figures["epoch"])) for figures in history[:epochs]]
+    """Best validation mAP within the first `epochs`, whatever came later, and its epoch; NaN counts as worst.
+
+    As in a run, the best is an epoch trained end to end, none of the head alone.
+    """
+    whole = [figures for figures in history[:epochs] if not figures.get("train/head_only", 0)]
+    scored = [(figures["val/map"], -int(figures["epoch"])) for figures in whole]
     value, epoch = max((one for one in scored if one[0] == one[0]), default=(-1.0, 0))
     return value, -epoch
 

@@ -91,7 +91,7 @@ class SearchSettings(GridSettings):
     configurations: int = 9
     """Of each method, drawn from its space without repeats; the whole space where it holds no more."""
     first_epochs: int = 1
-    """Epochs of the first rung."""
+    """Epochs of the first rung, after those of linear_init."""
     eta: int = 3
     """Each rung has so many times the epochs of the one before and keeps 1/eta of its configurations, rounded up."""
     seed: int = 0

@@ -54,9 +54,10 @@ def resources_per_worker(settings: WorkerSettings, cluster: dict[str, float]) ->
     return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
 
 
-def train_on_ray(settings: TrainSettings, run_folder: str) -> Result:
+def train_on_ray(settings: TrainSettings, run_folder: str, last_epoch: int | None = None) -> Result:
     """Run the loop on Ray Train workers. Lost workers are replaced `workers.max_failures` times, each time from the
-    newest checkpoint. Raises PamlError for what starting again would only repeat, RuntimeError for a lost cause.
+    newest checkpoint. With `last_epoch` it breaks off after that epoch, and the result is empty. Raises PamlError for
+    what starting again would only repeat, RuntimeError for a lost cause.
 
     Ray runs in a thread: a main thread within ray.get() heeds no signal, and a stopped job has three seconds.
     """
@@ -64,7 +65,7 @@ def train_on_ray(settings: TrainSettings, run_folder: str) -> Result:
 
     def work() -> None:
         try:
-            outcome.set_result(_attempts(settings, run_folder))
+            outcome.set_result(_attempts(settings, run_folder, last_epoch))
         except BaseException as error:
             outcome.set_exception(error)
 
@@ -74,12 +75,14 @@ def train_on_ray(settings: TrainSettings, run_folder: str) -> Result:
     return outcome.result()
 
 
-def _attempts(settings: TrainSettings, run_folder: str) -> Result:
+def _attempts(settings: TrainSettings, run_folder: str, last_epoch: int | None) -> Result:
     resources = resources_per_worker(settings.workers, dict(ray.cluster_resources()))
     console: Any = ray.remote(num_cpus=0)(Console).remote()  # pyright: ignore[reportFunctionMemberAccess]
     for attempt in range(settings.workers.max_failures + 1):
         with printing(console):
-            failure = _fit(settings, run_folder, resources, console)
+            failure = _fit(settings, run_folder, resources, console, last_epoch)
+        if failure is None and last_epoch is not None:
+            return Result({}, {}, [])
         if failure is None:
             return Result.from_json(json.loads(storage.read_bytes(storage.join(run_folder, "result.json"))))
         message = ray.get(console.failed_for_good.remote())
@@ -118,13 +121,16 @@ def _last_line(error: BaseException) -> str:
     return lines[-1][:300] if lines else type(error).__name__
 
 
-def _fit(settings: TrainSettings, run_folder: str, resources: dict, console: Any) -> BaseException | None:
+def _fit(
+    settings: TrainSettings, run_folder: str, resources: dict, console: Any, last_epoch: int | None
+) -> BaseException | None:
     """One attempt; None when it finished. Its name is new each time, so Ray never takes up an old one in silence."""
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "settings": settings,
             "run_folder": run_folder,
+            "last_epoch": last_epoch,
             "console": console,
             "storage": ray.put(cluster.storage_environment()),  # a reference, since dashboards show what stands here
         },
@@ -169,9 +175,9 @@ def _worker(config: dict[str, Any]) -> None:
         epoch_done=lambda figures: ray.train.report({"epoch": figures["epoch"], "val_map": figures["val/map"]}),
     )
     try:
-        result = train(settings, world, watcher)
+        result = train(settings, world, watcher, config["last_epoch"])
     except PamlError as error:
         ray.get(console.fatal.remote(str(error)))
         raise
-    if world.first:
+    if world.first and config["last_epoch"] is None:  # a file that means that the run is at its end
         storage.write_bytes(storage.join(run_folder, "result.json"), json.dumps(result.to_json()).encode())

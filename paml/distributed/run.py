@@ -52,7 +52,7 @@ def train_run(
     """`run_training` at absolute paths, alone or as one of many; returns the follower whose MLflow holds all of it.
 
     say: hears the run's lines (not those of Ray Train workers, which have a console of their own). tags: added to the
-    run's own. last_epoch: as in `paml.training.loop.train`, for a run without Ray Train workers; it leaves no report.
+    run's own. last_epoch: as in `paml.training.loop.train`; it leaves no report.
     again: what to tell somebody who stops the run. Raises as `run_training` does.
     """
     run_folder = run_folder_of(settings)
@@ -141,7 +141,7 @@ def _train(settings: TrainSettings, run_folder: str, say: Callable[[str], None],
     if settings.workers.num_workers > 0:
         from paml.distributed.ray_train import train_on_ray
 
-        return train_on_ray(settings, run_folder)
+        return train_on_ray(settings, run_folder, last_epoch)
     watcher = Watcher(journal=Journal(run_folder, "rank0"), say=say, bar=terminal_bar)
     return train(settings, World(), watcher, last_epoch)
 

@@ -41,10 +41,10 @@ def run_search(settings: SearchSettings) -> int:
 def _work(
     settings: SearchSettings, methods: dict[str, list[Candidate]], tags: dict[str, str], journal: Journal, folder: str
 ) -> int:
-    ladders = {
-        method: rungs(len(own), own[0].training.settings.all_epochs, settings.first_epochs, settings.eta)
-        for method, own in methods.items()
-    }
+    ladders = {}
+    for method, own in methods.items():
+        one = own[0].training.settings  # all of a method have as many epochs
+        ladders[method] = rungs(len(own), one.epochs, settings.first_epochs, settings.eta, one.linear_init.epochs)
     alive, failed = dict(methods), dict[str, str]()
     reports: dict[str, list[str]] = {method: [] for method in methods}
     for place in range(max(map(len, ladders.values()))):

@@ -54,14 +54,19 @@ def choose_checkpoint(run_folder: str, run: TrainSettings, which: str, alpha: fl
     """(name of the checkpoint, facts of the run's newest one).
 
     which: 'best' (by validation when scored with `alpha`, or with boost.eval where the run did not score that one),
-    'newest', or a checkpoint's name. Raises DataError where there is none yet, SettingsError for an unknown name.
+    'newest', or a checkpoint's name. Raises DataError where there is none yet, or no best one, SettingsError for an
+    unknown name.
     """
     names = committed(run_folder)
     if not names:
         raise DataError(f"{run_folder} has no whole checkpoint yet")
     facts = read_checkpoint(run_folder, names[-1], groups=()).facts
     best = facts["best"].get(f"{alpha:g}", facts["best"].get(f"{run.boost.eval:g}"))
-    name = {"newest": names[-1], "best": best["checkpoint"] if best else "none"}.get(which, which)
+    if which == "best" and best is None:
+        raise DataError(
+            f"{run_folder} has no best checkpoint yet, for no epoch trained end to end is over: wait, or take newest"
+        )
+    name = {"newest": names[-1], "best": best["checkpoint"] if best else ""}.get(which, which)
     if name not in names:
         raise SettingsError(f"checkpoint {name!r} is not in {run_folder}; there are {', '.join(names)}")
     return name, facts

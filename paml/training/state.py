@@ -236,8 +236,15 @@ def save_state(state: TrainState) -> Checkpoint | None:
 
 
 def load_state(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Take up the run where `checkpoint` left it."""
+    """Take up the run where `checkpoint` left it. Raises SettingsError where one has a memory and the other none."""
     facts, tensors = checkpoint.facts, checkpoint.tensors
+    if (state.memory is not None) != ("memory" in tensors):
+        begun, now = ("without", "with") if state.memory is not None else ("with", "without")
+        raise SettingsError(
+            f"the run was begun {begun} a memory of its loss {state.settings.loss.name}, and would go on {now} one: "
+            "give loss.p_asl.prior_file as it was (another path of the same file will do), or the new run another "
+            "run.name"
+        )
     enter_epoch(state, facts["epoch"])
     state.model.load_state_dict(tensors["weights"])
     if state.averaged is not None:

@@ -25,6 +25,7 @@ def test_rungs():
     assert rungs(10, 6, 1, 2) == [Rung(1, 5), Rung(2, 3), Rung(4, 2), Rung(6, 1)]
     assert rungs(1, 6, 1, 3) == [Rung(6, 1)]
     assert rungs(5, 2, 3, 3) == [Rung(2, 1)]
+    assert rungs(9, 9, 1, 3, head_epochs=25) == [Rung(26, 3), Rung(28, 1), Rung(34, 1)]
 
 
 def test_draw():
@@ -47,6 +48,9 @@ def test_best_within_a_rung():
     assert best_of(history, 3) == (0.3, 2)
     assert best_of(history, 9) == (0.9, 4)
     assert best_of([], 2)[0] == -1
+    after_head = [figures | {"train/head_only": float(figures["epoch"] == 2)} for figures in history]
+    assert best_of(after_head, 2) == (0.2, 1)
+    assert best_of(after_head, 3) == (0.3, 3)
 
 
 def test_broken_off_and_taken_up_is_the_unbroken_run(prepared: Path, tmp_path: Path):
@@ -96,9 +100,32 @@ def test_search(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "to epoch" not in capsys.readouterr().out
 
 
+def test_the_head_alone_decides_nothing(prepared: Path, tmp_path: Path):
+    base = tiny_search(prepared, tmp_path).base
+    assert isinstance(base, dict)
+    settings = tiny_search(
+        prepared,
+        tmp_path,
+        base=base | {"epochs": 2, "linear_init.epochs": 2},
+        methods={"an": {"loss.name": "an"}},
+        space={"optimiser.learning_rate": [1e-9, 1e-3]},
+    )
+    assert run_search(settings) == 0
+    (own,) = candidates(settings, "/").values()
+    assert sorted(len(history_of(each)) for each in own) == [3, 4]
+    after_one = {each.values["optimiser.learning_rate"]: history_of(each)[2]["val/map"] for each in own}
+    (winner,) = [each.values["optimiser.learning_rate"] for each in own if len(history_of(each)) == 4]
+    assert after_one[winner] == max(after_one.values())
+    value, epoch = best_of(history_of(next(each for each in own if len(history_of(each)) == 4)), 4)
+    assert epoch in (3, 4)
+    assert f"val mAP {100 * value:.2f} in epoch {epoch}" in (tmp_path / "search" / "an.yaml").read_text()
+
+
 def test_mistakes_are_named_before_anything_is_trained(prepared: Path, tmp_path: Path):
     with pytest.raises(SettingsError, match=r"no setting 'loss\.rate'; like it are"):
         run_search(tiny_search(prepared, tmp_path, space={"loss.rate": [1]}))
     with pytest.raises(SettingsError, match=r"method 'an': .*alpha must be at least 1"):
         run_search(tiny_search(prepared, tmp_path, space={"boost.train": [0.5]}))
+    with pytest.raises(SettingsError, match=r"method 'an': its configurations differ in epochs"):
+        run_search(tiny_search(prepared, tmp_path, space={"linear_init.epochs": [0, 1]}))
     assert not list(tmp_path.iterdir())

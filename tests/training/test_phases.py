@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from paml.errors import SettingsError
+from paml.errors import DataError, SettingsError
 from paml.models import build_model
 from paml.training.checkpoint import Checkpoint, committed, read_checkpoint
-from paml.training.loop import train
+from paml.training.loop import run_folder_of, train
 from paml.training.optimiser import rate_at
 from paml.training.phases import LinearInitSettings
+from paml.training.score_run import choose_checkpoint
 from paml.training.settings import TrainSettings, flatten, refuse_other_settings
 from paml.training.world import World
 from tests.helpers.prepared import tiny_settings
@@ -115,6 +116,15 @@ def test_it_goes_together_with_cached_features(prepared: Path, tmp_path: Path) -
     result = run(settings_of(prepared, tmp_path, **changes))
     assert result is not None
     assert result.history[-1]["train/loss"] < result.history[0]["train/loss"]
+
+
+def test_there_is_no_best_checkpoint_while_the_head_learns_alone(prepared: Path, tmp_path: Path) -> None:
+    settings = settings_of(prepared, tmp_path)
+    train(settings, World(), quiet(), last_epoch=1)
+    folder = run_folder_of(settings)
+    with pytest.raises(DataError, match="no epoch trained end to end is over"):
+        choose_checkpoint(folder, settings, "best", settings.boost.eval)
+    assert choose_checkpoint(folder, settings, "newest", 1.0)[0] == committed(folder)[-1]
 
 
 @pytest.mark.parametrize("changes", [{"epochs": -1}, {"learning_rate": 0.0}])

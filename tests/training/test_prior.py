@@ -7,16 +7,18 @@ import numpy as np
 import pytest
 import torch
 
+from paml.errors import SettingsError
 from paml.losses.p_asl import PASLSettings
-from paml.losses.prior import read_prior
+from paml.losses.prior import read_prior, write_prior
 from paml.training.checkpoint import newest_checkpoint
 from paml.training.data import open_data
+from paml.training.loop import train
 from paml.training.prior import main
 from paml.training.settings import at_absolute_paths, flatten, refuse_other_settings
 from paml.training.state import load_state
 from paml.training.world import World
 from tests.helpers.prepared import CLASSES, tiny_settings
-from tests.helpers.runs import batches_of, run, state_of
+from tests.helpers.runs import batches_of, quiet, run, state_of
 
 
 def test_a_prior_is_estimated_by_one_run_and_used_by_another(
@@ -65,6 +67,19 @@ def test_the_file_of_priors_may_lie_elsewhere_when_a_run_goes_on(prepared: Path,
     moved = at_absolute_paths(settings, "/base")
     assert moved.loss.p_asl.prior_file == "/base/prior.csv"
     refuse_other_settings(flatten(settings), moved)
+
+
+@pytest.mark.parametrize("begun_with", [True, False])
+def test_a_run_neither_gains_nor_loses_its_priors(begun_with: bool, prepared: Path, tmp_path: Path) -> None:
+    write_prior(path := str(tmp_path / "prior.csv"), CLASSES, np.full(len(CLASSES), 0.5))
+    with_it, without = (
+        tiny_settings(prepared, tmp_path, loss={"name": "p-asl-selective", "p_asl": PASLSettings(prior_file=file)})
+        for file in (path, None)
+    )
+    first, second = (with_it, without) if begun_with else (without, with_it)
+    train(first, World(), quiet(), last_epoch=1)
+    with pytest.raises(SettingsError, match=r"give loss\.p_asl\.prior_file as it was"):
+        train(second, World(), quiet())
 
 
 def test_a_prior_of_no_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
