@@ -100,7 +100,8 @@ def partial_label_loss(
     alone = world is None or world.size() == 1
     rejecting = loss.rejects and rate > 0 and batch_size > 0
 
-    if alone and logits_BK.device.type == "cpu" and loss.per_label is None and loss.unobserved != LEFT_OUT:
+    fused = loss.per_label is None and loss.unobserved != LEFT_OUT
+    if alone and logits_BK.device.type == "cpu" and fused and settings.reject_within == "pool":
         return _on_one_cpu(loss, logits_BK, state_BK, settings, rate, divisor, slots_B, batch_size)
 
     own, now = loss.settings_in(settings), Epoch(epoch, epochs)
@@ -117,6 +118,7 @@ def partial_label_loss(
             rate=rate,
             reject_of=settings.reject_of,
             reject_pool=settings.reject_pool,
+            reject_within=settings.reject_within,
             group=world,
         )
     if loss.per_label is not None:

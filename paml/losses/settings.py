@@ -36,6 +36,9 @@ class LossSettings:
     """What the rate is a share of: the unobserved labels, as the papers write, or all entries, as their code does."""
     reject_pool: int | None = None
     """Number of consecutive slots of the global batch that are ranked together; null ranks the global batch."""
+    reject_within: Literal["pool", "class", "image"] = "pool"
+    """How LL-R, LL-Ct and LL-Cp rank a pool: all together, or so that each class or each image of it gives floor to
+    ceil of the rate's share of its own labels. The pool loses as many labels either way."""
     wan: WANSettings = field(default_factory=WANSettings)
     """Weak assume negative."""
     an_ls: ANLSSettings = field(default_factory=ANLSSettings)
@@ -71,6 +74,8 @@ class LossSettings:
             )
         if self.reject_of not in ("unobserved", "all"):
             raise SettingsError(f"loss.reject_of is {self.reject_of!r}; allowed are unobserved, all")
+        if self.reject_within not in ("pool", "class", "image"):
+            raise SettingsError(f"loss.reject_within is {self.reject_within!r}; allowed are pool, class, image")
         if self.reject_pool is not None and self.reject_pool < 1:
             raise SettingsError(
                 f"loss.reject_pool is {self.reject_pool}; it is a number of images, at least 1, "

@@ -262,15 +262,15 @@ def test_second_backward_equals_the_first(name):
 
 
 @every_loss
-@pytest.mark.parametrize("reject_pool", [None, 5])
-def test_nothing_waits_for_a_device(name, reject_pool):
+@pytest.mark.parametrize(("reject_pool", "within"), [(None, "pool"), (5, "pool"), (5, "class"), (None, "image")])
+def test_nothing_waits_for_a_device(name, reject_pool, within):
     """On `meta` tensors, which have no values, anything that asks for one (item, nonzero, a mask as index) raises."""
     logits, state = (values.to("meta") for values in batch(name))
     logits.requires_grad_()
     output = partial_label_loss(
         logits,
         state,
-        settings=LossSettings(name=name, reject_pool=reject_pool),
+        settings=LossSettings(name=name, reject_pool=reject_pool, reject_within=within),
         epoch=2,
         epochs=EPOCHS,
         divisor=3,
@@ -295,10 +295,16 @@ SHARES = {
 }
 KINDS = ("plain", "bf16", "few values", "one value", "signed zeros", "a worker without unobserved labels")
 CHOICES = [
-    (name, kind, reject_pool, reject_of)
+    (name, kind, {"reject_pool": reject_pool, "reject_of": reject_of, "reject_within": within})
     for name in LOSSES
     for kind in KINDS
-    for reject_pool, reject_of in ((None, "unobserved"), (5, "all"), (4, "unobserved"))
+    for reject_pool, reject_of, within in (
+        (None, "unobserved", "pool"),
+        (5, "all", "pool"),
+        (4, "unobserved", "pool"),
+        (5, "unobserved", "class"),
+        (4, "all", "image"),
+    )
     if reject_pool is None or LOSSES[name].rejects
 ]
 
@@ -318,14 +324,14 @@ def crafted(name, kind):
     return logits, state
 
 
-def loss_of_worker(name, kind, reject_pool, reject_of, slots, world):
+def loss_of_worker(name, kind, rejection, slots, world):
     logits, state = crafted(name, kind)
     slots_B = torch.tensor(list(slots), dtype=torch.int64)
     x = logits[slots_B].requires_grad_()
     output = partial_label_loss(
         x,
         state[slots_B],
-        settings=LossSettings(name=name, reject_rate_step=0.06, reject_pool=reject_pool, reject_of=reject_of),
+        settings=LossSettings(name=name, reject_rate_step=0.06, **rejection),
         epoch=3,
         epochs=EPOCHS,
         divisor=logits.numel(),
