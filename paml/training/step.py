@@ -71,7 +71,7 @@ def _no_sync(state: TrainState) -> contextlib.AbstractContextManager:
 
 def _forward(state: TrainState, images_BCHW: torch.Tensor) -> torch.Tensor:
     """Logits [B, K]. A worker without images still takes part in every collective, by a picture that counts nothing."""
-    alpha = state.settings.boost.train
+    alpha = state.settings.boost.train_in(state.loss_epoch)
     if len(images_BCHW) or state.settings.model.batch_norm == "sync":  # SyncBatchNorm leaves an empty part out
         return state.network(images_BCHW, alpha)
     blank = images_BCHW.new_zeros((2, *images_BCHW.shape[1:]))
@@ -87,7 +87,7 @@ def _averaged_forward(state: TrainState, images_BCHW: torch.Tensor) -> torch.Ten
     state.world.broadcast_buffers(averaged)  # BatchNorm's differ between workers, and a checkpoint keeps the first's
     if not len(images_BCHW):
         return images_BCHW.new_zeros((0, state.num_classes))
-    return averaged(images_BCHW, state.settings.boost.train)
+    return averaged(images_BCHW, state.settings.boost.train_in(state.loss_epoch))
 
 
 def _note(

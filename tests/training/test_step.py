@@ -156,6 +156,21 @@ def test_a_short_last_batch_is_not_over_weighted(prepared: Path) -> None:
     assert_close(steps_taken(state, [last], last=True), wanted)
 
 
+def test_alpha_grows_by_epochs(prepared: Path) -> None:
+    """A step's gradient is that with the epoch's own alpha: 1, 2, 3 and then 3 for good."""
+    boost = {"train": 3.0, "schedule": "linear", "schedule_epochs": 2}
+    found = {}
+    for epoch, alpha in ((1, 1.0), (2, 2.0), (3, 3.0), (9, 3.0)):
+        state, data = begun(prepared, optimiser=PLAIN, loss={"name": "an"}, boost=boost)
+        constant, _ = begun(prepared, optimiser=PLAIN, loss={"name": "an"}, boost={"train": alpha})
+        batch = batches_of(state, data, epoch=1)[0]
+        state.epoch = epoch
+        wanted = gradient_of_an(constant, batch, 8 * state.num_classes)
+        found[alpha] = steps_taken(state, [batch])
+        assert_close(found[alpha], wanted)
+    assert (found[1.0]["head.bias"] - found[3.0]["head.bias"]).abs().max() > 1e-3
+
+
 def test_accumulated_batches_make_one_step_of_their_mean(prepared: Path) -> None:
     state, data = begun(prepared, optimiser=PLAIN, loss={"name": "an"}, accumulate=2)
     pair = batches_of(state, data, epoch=1)[:2]
