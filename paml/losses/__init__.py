@@ -3,6 +3,7 @@
 Axes: B images of this worker, K classes.
 """
 
+import math
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from paml.losses.fused import DenseSignedLoss, SparseSignedLoss
 from paml.losses.memory import Memory, Scope
 from paml.losses.registry import LOSSES
 from paml.losses.select import RejectGroup, check_inputs, select_by_partition, select_rejected
-from paml.losses.settings import LossSettings, check_reject_rate, reject_rate
+from paml.losses.settings import LossSettings, check_reject_rate, reject_rate, rejects_in
 
 __all__ = [
     "LOSSES",
@@ -42,6 +43,7 @@ __all__ = [
     "partial_label_loss",
     "per_label_loss",
     "reject_rate",
+    "rejects_in",
     "select_rejected",
 ]
 
@@ -71,6 +73,7 @@ def partial_label_loss(
     world: RejectGroup | None = None,
     epochs: int | None = None,
     recalled: Tensor | None = None,
+    select_logits_BK: Tensor | None = None,
 ) -> LossOutput:
     """The loss of a worker's part of a global batch, and the labels that it rejects.
 
@@ -78,7 +81,11 @@ def partial_label_loss(
     POSITIVE. epoch counts from 1. divisor: batch_size * K for a mean over the global batch. slots_B: int64, the images'
     slots in the global batch of `batch_size` images. world: the workers that share the batch, None for one alone; all
     of them must call, also with B = 0. epochs: of the whole run, for losses that move with it (GR). recalled: what the
-    loss's memory (`build_memory`) recalls of these images, for the few losses that have one.
+    loss's memory (`build_memory`) recalls of these images, for the few losses that have one. select_logits_BK: float32,
+    the logits that choose what is rejected, for example of an averaged model; None takes `logits_BK`.
+
+    From epoch `settings.correct_after` on, a rejected label whose probability is above `settings.correct_threshold` is
+    trained as a positive. It still counts as rejected in the output.
 
     Cross-entropy and what is a mean over labels is the sum / divisor; a loss that is a mean over images
     (`Loss.divisor`) is the sum * K / divisor.
@@ -91,6 +98,10 @@ def partial_label_loss(
     loss = LOSSES[settings.name]
     rate = reject_rate(settings, epoch)
     check_inputs(logits_BK, state_BK, slots_B, batch_size, rate, settings.reject_pool)
+    ranked_BK = logits_BK.detach()
+    if select_logits_BK is not None:
+        check_inputs(select_logits_BK, state_BK, slots_B, batch_size, rate, settings.reject_pool)
+        ranked_BK = select_logits_BK.detach()
     if loss.needs_all_observed:
         check_all_observed(state_BK)
     if loss.needs_memory and recalled is None:
@@ -100,25 +111,33 @@ def partial_label_loss(
     alone = world is None or world.size() == 1
     rejecting = loss.rejects and rate > 0 and batch_size > 0
 
-    if alone and logits_BK.device.type == "cpu" and loss.per_label is None and loss.unobserved != LEFT_OUT:
-        return _on_one_cpu(loss, logits_BK, state_BK, settings, rate, divisor, slots_B, batch_size)
+    correcting = settings.correct_after is not None and epoch >= settings.correct_after
+    plain = settings.reject_within == "pool" and not correcting
+    fused = loss.per_label is None and loss.unobserved != LEFT_OUT
+    if alone and logits_BK.device.type == "cpu" and fused and plain:
+        return _on_one_cpu(loss, logits_BK, ranked_BK, state_BK, settings, rate, divisor, slots_B, batch_size)
 
     own, now = loss.settings_in(settings), Epoch(epoch, epochs)
     rejected_BK = None
     if loss.select is not None:
         place = Place(slots_B, batch_size, settings.reject_pool, world)
-        rejected_BK = loss.select(logits_BK.detach(), state_BK, own, now, place)
+        rejected_BK = loss.select(ranked_BK, state_BK, own, now, place)
     elif rejecting:
         rejected_BK = select_rejected(
-            logits_BK.detach(),
+            ranked_BK,
             state_BK == UNOBSERVED,
             slots_B=slots_B,
             batch_size=batch_size,
             rate=rate,
             reject_of=settings.reject_of,
             reject_pool=settings.reject_pool,
+            reject_within=settings.reject_within,
             group=world,
         )
+    all_rejected_BK = rejected_BK
+    if correcting and rejected_BK is not None:
+        sure_BK = rejected_BK & (ranked_BK > math.log(settings.correct_threshold / (1 - settings.correct_threshold)))
+        state_BK, rejected_BK = torch.where(sure_BK, POSITIVE, state_BK), rejected_BK & ~sure_BK
     if loss.per_label is not None:
         cost_BK = per_label_loss(loss, logits_BK, state_BK, rejected_BK, own, now, recalled)
         # Rows first, then in float64: the sum hardly depends on how the rows are shared among workers.
@@ -133,12 +152,13 @@ def partial_label_loss(
         total = _sparse(loss, logits_BK, positive, flat, divisor)
     else:
         total = DenseSignedLoss.apply(logits_BK, sign_of_labels(loss, state_BK, rejected_BK), divisor)
-    return LossOutput(total, rejected_BK)
+    return LossOutput(total, all_rejected_BK)
 
 
 def _on_one_cpu(
     loss: Loss,
     logits_BK: Tensor,
+    ranked_BK: Tensor,
     state_BK: Tensor,
     settings: LossSettings,
     rate: Fraction,
@@ -153,7 +173,7 @@ def _on_one_cpu(
     if not loss.rejects or rate == 0 or batch_size == 0:
         return LossOutput(_sparse(loss, logits_BK, positive, np.empty(0, np.int64), divisor), None)
     rejected = select_by_partition(
-        logits_BK.detach().numpy(),
+        ranked_BK.numpy(),
         observed,
         slots_B.numpy(),
         batch_size,

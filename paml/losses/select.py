@@ -12,9 +12,16 @@ Three ways to the same set:
 - several workers on CPUs: the same radix select and the same all-reduces, but only over the labels above each worker's
   own bracket. A rejected label is among the k highest of its own worker's part of the pool, and those lie above.
 
-Axes: B images of this worker, K classes, P pools, S slots of the global batch.
+Within classes or images (`select_within`) a pool still loses k = ceil(rate x count) labels, but each of its groups, a
+class or an image, gives at least floor and at most ceil of rate x its own count: first the floor of every group, then
+the highest logits of those that come next in their groups. (The ceil of every group would reject many times the rate
+where groups are small. Largest remainders would always favour the same classes, for the remainders hardly change from
+batch to batch; the logits decide instead.)
+
+Axes: B images of this worker, K classes, P pools, S slots of the global batch, G groups of a pool, N labels of a group.
 """
 
+import math
 from fractions import Fraction
 from typing import Literal
 
@@ -68,12 +75,14 @@ def select_rejected(
     rate: Fraction,
     reject_of: Literal["unobserved", "all"] = "unobserved",
     reject_pool: int | None = None,
+    reject_within: Literal["pool", "class", "image"] = "pool",
     group: RejectGroup | None = None,
 ) -> Tensor:
     """The labels to reject, bool [B, K]: in each pool the k candidates with the highest logits.
 
     k = ceil(rate * count), exact; count is the pool's candidates (`reject_of` unobserved) or all its entries (all).
-    k never exceeds the candidates, and nothing else is ever chosen.
+    k never exceeds the candidates, and nothing else is ever chosen. reject_within class or image: each class or image
+    of a pool gives between floor and ceil of rate * its own count (see above).
 
     logits_BK: float32. candidate_BK: bool, the unobserved labels. slots_B: int64, each image's slot in the global
     batch, 0 to batch_size - 1, every slot on exactly one worker. reject_pool: consecutive slots ranked together, None
@@ -85,6 +94,11 @@ def select_rejected(
     if rate == 0 or batch_size == 0:
         return torch.zeros_like(candidate_BK)
     several = group if group is not None and dist.get_world_size(group) > 1 else None
+    if reject_within != "pool":
+        of_class = reject_within == "class"
+        return select_within(
+            logits_BK, candidate_BK, slots_B, batch_size, rate, reject_of, reject_pool, several, of_class=of_class
+        )
     if logits_BK.device.type != "cpu":
         return select_by_histogram(logits_BK, candidate_BK, slots_B, batch_size, rate, reject_of, reject_pool, several)
     logits, slots = logits_BK.detach().numpy(), slots_B.numpy()
@@ -360,11 +374,7 @@ def select_by_histogram(
     device = logits_BK.device
     pool_B = slots_B // size
 
-    bits_BK = (logits_BK.detach() + 0.0).view(torch.int32)
-    key_BK = bits_BK ^ ((bits_BK >> 31) & 0x7FFFFFFF)
-    key_BK = torch.where(logits_BK.isnan(), LOWEST_KEY, key_BK)
-    # As unsigned digits: the lowest key becomes 0.
-    unsigned_BK = key_BK.to(torch.int64) + 2**31
+    unsigned_BK = _unsigned_keys(logits_BK)
 
     # Labels in play: those whose leading digits equal their pool's threshold so far.
     key, pool = unsigned_BK.reshape(-1), pool_B[:, None].expand(B, K).reshape(-1)
@@ -402,19 +412,92 @@ def select_by_histogram(
     return ((unsigned_BK > threshold_B[:, None]) & candidate_BK) | taken_BK
 
 
+def select_within(
+    logits_BK: Tensor,
+    candidate_BK: Tensor,
+    slots_B: Tensor,
+    batch_size: int,
+    rate: Fraction,
+    reject_of: str,
+    reject_pool: int | None,
+    group: RejectGroup | None,
+    *,
+    of_class: bool,
+) -> Tensor:
+    """The labels to reject, bool [B, K], ranked within each class of a pool, or else each image; on any device.
+
+    One all-reduce gives every worker the order of the whole batch's labels (8 bytes each); nothing waits for a device.
+    """
+    K = logits_BK.shape[1]
+    P, size = num_pools(batch_size, reject_pool), reject_pool or batch_size
+    if K == 0:
+        return torch.zeros_like(candidate_BK)
+    device = logits_BK.device
+
+    # Higher goes first and no two are equal: the logit's key, then the place in the pool, earlier first. -1: never.
+    place_BK = (slots_B % size)[:, None] * K + torch.arange(K, device=device)
+    order_BK = _unsigned_keys(logits_BK) * (size * K) + (size * K - 1 - place_BK)
+    order_BK = torch.where(candidate_BK, order_BK, -1)
+    order_SK = torch.full((P * size, K), -1, dtype=torch.int64, device=device)
+    order_SK = order_SK.scatter(0, slots_B[:, None].expand_as(order_BK), order_BK)
+    if group is not None:
+        dist.all_reduce(order_SK, dist.ReduceOp.MAX, group=group)
+    order_PGN = order_SK.view(P, size, K)
+    if of_class:
+        order_PGN = order_PGN.transpose(1, 2)
+
+    candidates_PG = (order_PGN >= 0).sum(2)
+    if reject_of == "unobserved":
+        count_PG = candidates_PG
+    else:
+        exists_PS = torch.arange(P * size, device=device).view(P, size) < batch_size  # the last pool may be smaller
+        count_PG = exists_PS.sum(1)[:, None].expand(P, K) if of_class else exists_PS * K
+    at_most_PG = torch.minimum(_share_up(count_PG, rate), candidates_PG)
+    # floor(rate * n), in the same exact arithmetic.
+    at_least_PG = torch.minimum(count_PG - _share_up(count_PG, 1 - rate), candidates_PG)
+    k_P = torch.minimum(_share_up(count_PG.sum(1), rate), at_most_PG.sum(1))
+
+    # The first of each group, as many as any group can give.
+    N = order_PGN.shape[2]
+    first_PGM = order_PGN.topk(min(math.ceil(rate * N), N), dim=2).values
+    last = first_PGM.gather(2, (at_least_PG - 1).clamp(min=0)[..., None]).squeeze(2)
+    following = first_PGM.gather(2, at_least_PG.clamp(max=first_PGM.shape[2] - 1)[..., None]).squeeze(2)
+    following_PG = torch.where(at_least_PG < at_most_PG, following, -1)
+    left_P = k_P - at_least_PG.sum(1)
+    falling_PG = following_PG.sort(1, descending=True).values
+    least_P = falling_PG.gather(1, (left_P - 1).clamp(min=0)[:, None])
+    follows_PG = (following_PG >= least_P) & (left_P > 0)[:, None] & (following_PG >= 0)
+    nothing = torch.iinfo(torch.int64).max
+    bound_PG = torch.where(follows_PG, following_PG, torch.where(at_least_PG > 0, last, nothing))
+
+    bound_BK = bound_PG[slots_B // size] if of_class else bound_PG.reshape(-1)[slots_B][:, None]
+    return (order_BK >= bound_BK) & candidate_BK
+
+
+def _unsigned_keys(logits_BK: Tensor) -> Tensor:
+    """int64 in [0, 2^32), in the order of the float32 logits: 0.0 and -0.0 the same, NaN the lowest, 0."""
+    bits_BK = (logits_BK.detach() + 0.0).view(torch.int32)
+    key_BK = bits_BK ^ ((bits_BK >> 31) & 0x7FFFFFFF)
+    return torch.where(logits_BK.isnan(), LOWEST_KEY, key_BK).to(torch.int64) + 2**31
+
+
+def _share_up(count: Tensor, rate: Fraction) -> Tensor:
+    """int64 on the device: ceil(rate * count), exact."""
+    exact = round_up_to(rate, MAX_POOL)
+    return (count * exact.numerator + (exact.denominator - 1)).div(exact.denominator, rounding_mode="floor")
+
+
 def _exact_k(
     candidates_P: Tensor, batch_size: int, K: int, rate: Fraction, reject_of: str, reject_pool: int | None
 ) -> Tensor:
     """int64 [P] on the device: ceil(rate * count), at most the candidates."""
-    exact = round_up_to(rate, MAX_POOL)
     if reject_of == "unobserved":
         count_P = candidates_P
     else:
         size = reject_pool or batch_size
         first_P = torch.arange(len(candidates_P), device=candidates_P.device) * size
         count_P = (batch_size - first_P).clamp(max=size) * K
-    k_P = (count_P * exact.numerator + (exact.denominator - 1)).div(exact.denominator, rounding_mode="floor")
-    return torch.minimum(k_P, candidates_P)
+    return torch.minimum(_share_up(count_P, rate), candidates_P)
 
 
 def _histogram(digit: Tensor, pool: Tensor, in_play: Tensor, P: int, D: int) -> Tensor:

@@ -36,6 +36,17 @@ class LossSettings:
     """What the rate is a share of: the unobserved labels, as the papers write, or all entries, as their code does."""
     reject_pool: int | None = None
     """Number of consecutive slots of the global batch that are ranked together; null ranks the global batch."""
+    reject_within: Literal["pool", "class", "image"] = "pool"
+    """How LL-R, LL-Ct and LL-Cp rank a pool: all together, or so that each class or each image of it gives floor to
+    ceil of the rate's share of its own labels. The pool loses as many labels either way."""
+    reject_by: Literal["model", "averaged"] = "model"
+    """Whose logits choose the labels to reject: those that are trained, or those of the averaged weights on the same
+    batch (one more forward pass; needs optimiser.average). It holds for every loss that chooses labels."""
+    correct_after: int | None = None
+    """From this epoch on LL-R trains a rejected label as a positive, for this step, where the logits that chose it give
+    more than `correct_threshold`; null never does. Epochs count from 1, as for the rejection."""
+    correct_threshold: float = 0.6
+    """Probability above which it does; SPLC's by default."""
     wan: WANSettings = field(default_factory=WANSettings)
     """Weak assume negative."""
     an_ls: ANLSSettings = field(default_factory=ANLSSettings)
@@ -71,6 +82,19 @@ class LossSettings:
             )
         if self.reject_of not in ("unobserved", "all"):
             raise SettingsError(f"loss.reject_of is {self.reject_of!r}; allowed are unobserved, all")
+        if self.reject_within not in ("pool", "class", "image"):
+            raise SettingsError(f"loss.reject_within is {self.reject_within!r}; allowed are pool, class, image")
+        if self.reject_by not in ("model", "averaged"):
+            raise SettingsError(f"loss.reject_by is {self.reject_by!r}; allowed are model, averaged")
+        if self.correct_after is not None and (self.name != "ll-r" or self.correct_after < 1):
+            raise SettingsError(
+                f"loss.correct_after is {self.correct_after} and loss.name {self.name}; it is an epoch from 1 on, of "
+                "ll-r alone, or null (ll-ct corrects every label that it rejects)"
+            )
+        if not 0 < self.correct_threshold < 1:
+            raise SettingsError(
+                f"loss.correct_threshold is {self.correct_threshold}; it is a probability above 0 and below 1"
+            )
         if self.reject_pool is not None and self.reject_pool < 1:
             raise SettingsError(
                 f"loss.reject_pool is {self.reject_pool}; it is a number of images, at least 1, "
@@ -84,6 +108,12 @@ def reject_rate(settings: LossSettings, epoch: int) -> Fraction:
     if epoch < 1:
         raise ValueError(f"epoch is {epoch}; epochs are counted from 1")
     return LOSSES[settings.name].rate(Fraction(str(settings.reject_rate_step)), epoch)
+
+
+def rejects_in(settings: LossSettings, epoch: int) -> bool:
+    """Whether the loss may choose labels in an epoch (counted from 1)."""
+    loss = LOSSES[settings.name]
+    return loss.rejects and (loss.select is not None or reject_rate(settings, epoch) > 0)
 
 
 def check_reject_rate(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 import torch
 
@@ -14,6 +15,11 @@ class BoostSettings:
 
     train: float = 5.0
     """alpha while training; 1 is no boost. The paper's curve is flat between 4 and 6."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """linear: alpha while training grows by equal steps an epoch from 1 in the first to `train` after
+    `schedule_epochs` epochs; `eval` stays as it is. Epochs count as for the rejection."""
+    schedule_epochs: int = 5
+    """Epochs over which alpha grows."""
     eval: float = 5.0
     """alpha while scoring; 1 is no boost."""
     eval_also: tuple[float, ...] = ()
@@ -30,8 +36,19 @@ class BoostSettings:
                     f"boost.{name} is {alpha}; alpha must be at least 1, since below it max(x, alpha·x) would "
                     "shrink negative scores and boost nothing. Use 1 for no boost."
                 )
+        if self.schedule not in ("constant", "linear"):
+            raise SettingsError(f"boost.schedule is {self.schedule!r}; allowed are constant, linear")
+        if self.schedule_epochs < 1:
+            raise SettingsError(f"boost.schedule_epochs is {self.schedule_epochs}; it must be at least 1")
         if self.eval in self.eval_also or len(set(self.eval_also)) < len(self.eval_also):
             raise SettingsError(f"boost.eval_also {self.eval_also} names an alpha twice, or boost.eval itself")
+
+    def train_in(self, epoch: int) -> float:
+        """alpha while training in an epoch (counted from 1); a pure function."""
+        if self.schedule == "constant":
+            return self.train
+        share = min(1.0, (epoch - 1) / self.schedule_epochs)
+        return 1 - share + share * self.train
 
     @property
     def scored(self) -> tuple[float, ...]:

@@ -269,7 +269,7 @@ def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float
     settle_waiting(state)
     share_corrections(state)
     if state.memory is not None and not state.phase.head_only:
-        state.memory.end_epoch(state.phase.loss_epoch(state.epoch))
+        state.memory.end_epoch(state.loss_epoch)
     _name_bad(state, loader, f"epoch {state.epoch}", watcher)
     return loader.traffic
 

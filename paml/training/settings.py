@@ -105,6 +105,11 @@ class TrainSettings:
                 f"workers.num_workers is {self.workers.num_workers}, more than the {self.batch_size} slots of a "
                 "global batch: some would never see an image. Raise batch_size or take fewer workers"
             )
+        if self.loss.reject_by == "averaged" and not self.optimiser.average:
+            raise SettingsError(
+                "loss.reject_by is averaged, but optimiser.average is 0, so no averaged weights are kept: set "
+                "optimiser.average (0.99, say), or reject by model"
+            )
         pool = self.loss.reject_pool
         if pool is not None and (pool < 1 or self.batch_size % pool):
             raise SettingsError(

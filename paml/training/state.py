@@ -80,6 +80,11 @@ class TrainState:
         return self.settings.phase(self.epoch)
 
     @property
+    def loss_epoch(self) -> int:
+        """What the loss's and the boost's schedules take the epoch under way for."""
+        return self.phase.loss_epoch(self.epoch)
+
+    @property
     def learning_rate(self) -> float:
         """Of the backbone in the optimiser's next step: schedules run over a phase."""
         phase, an_epoch = self.phase, -(-self.steps_per_epoch // self.settings.accumulate)
@@ -112,7 +117,7 @@ def new_state(
     if settings.optimiser.average:
         import copy
 
-        averaged = copy.deepcopy(model)
+        averaged = copy.deepcopy(model).eval()
     autocast = autocast_type(settings, world.device)
     optimiser, network = _learners(settings, world, model, epoch=1)
     return TrainState(

@@ -9,7 +9,7 @@ from paml.data.device import DeviceBatch, to_device
 from paml.data.loader import Batch
 from paml.errors import NonFiniteLossError
 from paml.labels.states import NEGATIVE, POSITIVE, UNOBSERVED
-from paml.losses import partial_label_loss
+from paml.losses import partial_label_loss, rejects_in
 from paml.training.optimiser import average_into, set_rate
 from paml.training.state import TrainState
 
@@ -28,18 +28,20 @@ def train_step(state: TrainState, batch: Batch, *, last: bool) -> None:
 
     with contextlib.nullcontext() if moves else _no_sync(state):
         with torch.autocast(world.device.type, state.autocast, enabled=state.autocast is not None):
+            select_logits_BK = _averaged_forward(state, data.images_BCHW)
             logits_BK = _forward(state, data.images_BCHW)
         out = partial_label_loss(
             logits_BK,
             data.state_BK,
             settings=settings.loss,
-            epoch=state.phase.loss_epoch(state.epoch),
+            epoch=state.loss_epoch,
             divisor=divisor,
             world=world.group,
             slots_B=data.slots_B,
             batch_size=settings.batch_size,
             epochs=settings.epochs,
             recalled=None if state.memory is None else state.memory.recall(batch.index, data.state_BK),
+            select_logits_BK=select_logits_BK,
         )
         _note(state, batch, data, out.loss.detach() * divisor, out.rejected_BK)
         state.scaler.scale(out.loss * world.size).backward()  # DDP averages; the loss is a sum over workers
@@ -69,11 +71,23 @@ def _no_sync(state: TrainState) -> contextlib.AbstractContextManager:
 
 def _forward(state: TrainState, images_BCHW: torch.Tensor) -> torch.Tensor:
     """Logits [B, K]. A worker without images still takes part in every collective, by a picture that counts nothing."""
-    alpha = state.settings.boost.train
+    alpha = state.settings.boost.train_in(state.loss_epoch)
     if len(images_BCHW) or state.settings.model.batch_norm == "sync":  # SyncBatchNorm leaves an empty part out
         return state.network(images_BCHW, alpha)
     blank = images_BCHW.new_zeros((2, *images_BCHW.shape[1:]))
     return state.network(blank, alpha)[:0]
+
+
+@torch.no_grad()
+def _averaged_forward(state: TrainState, images_BCHW: torch.Tensor) -> torch.Tensor | None:
+    """Logits [B, K] of the averaged weights, where they are the ones that choose labels in this epoch."""
+    loss, averaged = state.settings.loss, state.averaged
+    if averaged is None or loss.reject_by == "model" or not rejects_in(loss, state.loss_epoch):
+        return None
+    state.world.broadcast_buffers(averaged)  # BatchNorm's differ between workers, and a checkpoint keeps the first's
+    if not len(images_BCHW):
+        return images_BCHW.new_zeros((0, state.num_classes))
+    return averaged(images_BCHW, state.settings.boost.train_in(state.loss_epoch))
 
 
 def _note(

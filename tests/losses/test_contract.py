@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from paml.errors import SettingsError
 from paml.labels.states import NEGATIVE, POSITIVE, UNOBSERVED
 from paml.losses import LOSSES, LossSettings, partial_label_loss, per_label_loss, reject_rate, select_rejected
 from paml.losses.base import AS_POSITIVE, Epoch, sign_of_labels
@@ -44,6 +45,7 @@ def run(
     reject_pool=None,
     reject_of: Any = "unobserved",
     divisor=None,
+    select_logits=None,
     **settings,
 ):
     B, K = logits.shape
@@ -60,6 +62,7 @@ def run(
         slots_B=torch.arange(B),
         batch_size=B,
         recalled=recalled_of(name, logits, state),
+        select_logits_BK=select_logits,
     )
     output.loss.backward()
     assert logits.grad is not None
@@ -172,6 +175,77 @@ def test_observed_labels_are_never_touched(name):
 
 
 @every_loss
+def test_other_logits_may_choose_what_is_rejected(name):
+    """They choose as they would by themselves, and have no other part in the loss."""
+    logits, state = batch(name)
+    others, _ = batch(name, seed=1)
+    own, _ = run(name, logits, state)
+    chosen, _ = run(name, others, state)
+    output, grad = run(name, logits, state, select_logits=others.requires_grad_())
+    assert others.grad is None
+    if not LOSSES[name].rejects:
+        assert output.rejected_BK is None
+        assert torch.equal(output.loss, own.loss)
+        return
+    assert own.rejected_BK is not None
+    assert chosen.rejected_BK is not None
+    assert output.rejected_BK is not None
+    assert torch.equal(output.rejected_BK, chosen.rejected_BK)
+    assert not torch.equal(output.rejected_BK, own.rejected_BK)
+    if name in CROSS_ENTROPY:
+        assert_as_in_the_papers(name, output, grad, logits, state)
+    same, same_grad = run(name, logits, state, select_logits=logits)
+    assert torch.equal(same.loss, own.loss)
+    assert torch.equal(same_grad, run(name, logits, state)[1])
+
+
+def test_logits_that_choose_must_fit():
+    logits, state = batch("ll-r")
+    with pytest.raises(TypeError, match=r"bfloat16.*logits\.float"):
+        run("ll-r", logits, state, select_logits=logits.bfloat16())
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        run("ll-r", logits, state, select_logits=logits[:3])
+
+
+@pytest.mark.parametrize("within", ["pool", "class", "image"])
+@pytest.mark.parametrize("of_others", [False, True])
+def test_ll_r_corrects_what_it_rejects_confidently_from_an_epoch_on(within, of_others):
+    logits, state = batch("ll-r", scale=4)
+    others = batch("ll-r", seed=1, scale=4)[0] if of_others else None
+    setup: dict[str, Any] = {"step": 0.2, "reject_within": within, "select_logits": others}
+    before, before_grad = run("ll-r", logits, state, epoch=3, **setup)
+    early, early_grad = run("ll-r", logits, state, epoch=3, correct_after=4, **setup)
+    assert torch.equal(early.loss, before.loss)
+    assert torch.equal(early_grad, before_grad)
+    output, grad = run("ll-r", logits, state, epoch=3, correct_after=3, correct_threshold=0.7, **setup)
+    assert output.rejected_BK is not None
+    assert before.rejected_BK is not None
+    assert torch.equal(output.rejected_BK, before.rejected_BK)  # corrected ones are counted as rejected
+    ranked = logits if others is None else others
+    sure = output.rejected_BK & (torch.sigmoid(ranked.double()) > 0.7)
+    assert 10 < sure.sum() < output.rejected_BK.sum() - 10
+    wanted, wanted_grad = by_formula(
+        "ll-r", logits, torch.where(sure, POSITIVE, state), output.rejected_BK & ~sure, 3
+    )  # fmt: skip
+    torch.testing.assert_close(output.loss.double(), wanted, rtol=1e-6, atol=0)
+    assert_close_gradients("ll-r", grad.double(), wanted_grad)
+
+
+def test_settings_of_correction_and_choice_are_checked():
+    with pytest.raises(SettingsError, match=r"correct_after is 3 and loss\.name ll-ct; it is an epoch from 1 on"):
+        LossSettings(name="ll-ct", correct_after=3)
+    with pytest.raises(SettingsError, match="correct_after is 0"):
+        LossSettings(correct_after=0)
+    with pytest.raises(SettingsError, match=r"correct_threshold is 1\.0; it is a probability"):
+        LossSettings(correct_threshold=1.0)
+    unknown: Any = "labels"
+    with pytest.raises(SettingsError, match="reject_by is 'labels'; allowed are model, averaged"):
+        LossSettings(reject_by=unknown)
+    with pytest.raises(SettingsError, match="reject_within is 'labels'; allowed are pool, class, image"):
+        LossSettings(reject_within=unknown)
+
+
+@every_loss
 def test_sum_over_a_split_equals_the_whole(name):
     """Where nothing is chosen over the batch a part's loss is its labels' own: the parts of a batch add up to it."""
     if LOSSES[name].over_batch is not None:
@@ -262,15 +336,15 @@ def test_second_backward_equals_the_first(name):
 
 
 @every_loss
-@pytest.mark.parametrize("reject_pool", [None, 5])
-def test_nothing_waits_for_a_device(name, reject_pool):
+@pytest.mark.parametrize(("reject_pool", "within"), [(None, "pool"), (5, "pool"), (5, "class"), (None, "image")])
+def test_nothing_waits_for_a_device(name, reject_pool, within):
     """On `meta` tensors, which have no values, anything that asks for one (item, nonzero, a mask as index) raises."""
     logits, state = (values.to("meta") for values in batch(name))
     logits.requires_grad_()
     output = partial_label_loss(
         logits,
         state,
-        settings=LossSettings(name=name, reject_pool=reject_pool),
+        settings=LossSettings(name=name, reject_pool=reject_pool, reject_within=within),
         epoch=2,
         epochs=EPOCHS,
         divisor=3,
@@ -284,6 +358,21 @@ def test_nothing_waits_for_a_device(name, reject_pool):
     assert (output.rejected_BK is not None) == LOSSES[name].rejects
 
 
+def test_correction_waits_for_no_device():
+    logits, state = (values.to("meta") for values in batch("ll-r"))
+    output = partial_label_loss(
+        logits,
+        state,
+        settings=LossSettings(correct_after=2, reject_by="averaged"),
+        epoch=2,
+        divisor=3,
+        slots_B=torch.arange(12, device="meta"),
+        batch_size=12,
+        select_logits_BK=logits,
+    )
+    assert output.rejected_BK is not None
+
+
 # Several workers: how the 12 images of a batch may lie on them, by slots.
 SHARES = {
     2: [[range(0, 12), range(0)], [range(0), range(0, 12)], [range(0, 5), range(5, 12)]],
@@ -295,12 +384,18 @@ SHARES = {
 }
 KINDS = ("plain", "bf16", "few values", "one value", "signed zeros", "a worker without unobserved labels")
 CHOICES = [
-    (name, kind, reject_pool, reject_of)
+    (name, kind, {"reject_pool": reject_pool, "reject_of": reject_of, "reject_within": within})
     for name in LOSSES
     for kind in KINDS
-    for reject_pool, reject_of in ((None, "unobserved"), (5, "all"), (4, "unobserved"))
+    for reject_pool, reject_of, within in (
+        (None, "unobserved", "pool"),
+        (5, "all", "pool"),
+        (4, "unobserved", "pool"),
+        (5, "unobserved", "class"),
+        (4, "all", "image"),
+    )
     if reject_pool is None or LOSSES[name].rejects
-]
+] + [("ll-r", kind, {"reject_within": "class", "correct_after": 2, "correct_threshold": 0.3}) for kind in KINDS]
 
 
 def crafted(name, kind):
@@ -318,14 +413,14 @@ def crafted(name, kind):
     return logits, state
 
 
-def loss_of_worker(name, kind, reject_pool, reject_of, slots, world):
+def loss_of_worker(name, kind, rejection, slots, world):
     logits, state = crafted(name, kind)
     slots_B = torch.tensor(list(slots), dtype=torch.int64)
     x = logits[slots_B].requires_grad_()
     output = partial_label_loss(
         x,
         state[slots_B],
-        settings=LossSettings(name=name, reject_rate_step=0.06, reject_pool=reject_pool, reject_of=reject_of),
+        settings=LossSettings(name=name, reject_rate_step=0.06, **rejection),
         epoch=3,
         epochs=EPOCHS,
         divisor=logits.numel(),

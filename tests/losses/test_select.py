@@ -35,6 +35,31 @@ def by_sorting(x, candidate, slots, batch_size, rate, reject_of, reject_pool):
     return rejected
 
 
+def by_groups(x, candidate, slots, batch_size, rate, reject_of, reject_pool, within):
+    """The definition: floor of its share from each class or image, then the best of those that come next in theirs."""
+    K = x.shape[1]
+    size = reject_pool or batch_size
+    rejected = torch.zeros_like(candidate)
+    row = {int(slot): b for b, slot in enumerate(slots)}
+    for start in range(0, batch_size, size):
+        pool = range(start, min(start + size, batch_size))
+        labels = [[(slot, k) for slot in pool] for k in range(K)]
+        if within == "image":
+            labels = [[(slot, k) for k in range(K)] for slot in pool]
+        taken, following, count = [], [], 0
+        for group in labels:
+            mine = [(-(float(x[row[slot], k]) + 0.0), slot, k) for slot, k in group if candidate[row[slot], k]]
+            mine.sort()
+            own = len(mine) if reject_of == "unobserved" else len(group)
+            count += own
+            taken += mine[: math.floor(rate * own)]
+            following += mine[math.floor(rate * own) : math.ceil(rate * own)]
+        taken += sorted(following)[: max(0, math.ceil(rate * count) - len(taken))]
+        for _, slot, k in taken:
+            rejected[row[slot], k] = True
+    return rejected
+
+
 def on_every_way(x, candidate, slots, batch_size, rate, reject_of, reject_pool):
     yield select_rejected(
         x,
@@ -85,6 +110,81 @@ def test_equals_plain_sort(data, B, K, rate, reject_of, reject_pool):
         assert torch.equal(got, wanted)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.data(),
+    B=st.integers(1, 7),
+    K=st.integers(1, 9),
+    rate=RATES,
+    reject_of=st.sampled_from(["unobserved", "all"]),
+    reject_pool=st.sampled_from([None, 1, 2, 3, 20]),
+    within=st.sampled_from(["class", "image"]),
+)
+def test_within_groups_equals_a_plain_loop(data, B, K, rate, reject_of, reject_pool, within):
+    x = torch.from_numpy(data.draw(hnp.arrays(np.float32, (B, K), elements=LOGITS)))
+    candidate = torch.from_numpy(data.draw(hnp.arrays(bool, (B, K))))
+    slots = torch.tensor(data.draw(st.permutations(range(B))))
+    got = within_groups(x, candidate, slots, B, rate, reject_of, reject_pool, within)
+    wanted = by_groups(x, candidate, slots, B, rate, reject_of, reject_pool, within)
+    assert torch.equal(got, wanted)
+    if reject_of == "unobserved":  # exactly as many in all as without groups
+        assert got.sum() == by_sorting(x, candidate, slots, B, rate, reject_of, reject_pool).sum()
+
+
+def within_groups(x, candidate, slots, batch_size, rate, reject_of, reject_pool, within, group=None):
+    return select_rejected(
+        x,
+        candidate,
+        slots_B=slots,
+        batch_size=batch_size,
+        rate=rate,
+        reject_of=reject_of,
+        reject_pool=reject_pool,
+        reject_within=within,
+        group=group,
+    )
+
+
+def test_groups_with_ties_lose_their_first_by_plan_position():
+    """Shares of 1.5 of 3: one of each group, and with k = ceil(4.5) = 5 two more in all."""
+    x, candidate, slots = torch.zeros(3, 3), torch.ones(3, 3, dtype=torch.bool), torch.arange(3)
+    of_class = within_groups(x, candidate, slots, 3, Fraction(1, 2), "unobserved", None, "class")
+    assert of_class.tolist() == [[True, True, True], [True, True, False], [False, False, False]]
+    of_image = within_groups(x, candidate, slots, 3, Fraction(1, 2), "unobserved", None, "image")
+    assert of_image.tolist() == [[True, True, False], [True, True, False], [True, False, False]]
+    assert torch.equal(of_image[[2, 0, 1]], within_groups(
+        x, candidate, torch.tensor([2, 0, 1]), 3, Fraction(1, 2), "unobserved", None, "image"
+    ))  # fmt: skip
+
+
+def test_the_surplus_goes_to_the_highest_logits_not_to_the_first_classes():
+    """A fifth of 4 labels a class is below one label: k = ceil(0.2 * 12) = 3 go, one of a class at most."""
+    x = torch.tensor([[0.0, 9.0, 5.0], [1.0, 8.0, 0.0], [0.0, 7.0, 0.0], [0.0, 6.0, 0.0]])
+    x = torch.cat([x, torch.tensor([[-1.0], [-2.0], [-3.0], [-4.0]])], 1)
+    candidate = torch.ones(4, 4, dtype=torch.bool)
+    candidate[:, 0] = False
+    rejected = within_groups(x, candidate, torch.arange(4), 4, Fraction(1, 5), "unobserved", None, "class")
+    assert rejected.nonzero().tolist() == [[0, 1], [0, 2], [0, 3]]
+    rejected = within_groups(x, candidate, torch.arange(4), 4, Fraction(1, 20), "unobserved", None, "class")
+    assert rejected.nonzero().tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("within", ["class", "image"])
+def test_groups_with_nan_empty_shapes_and_meta(within):
+    x = torch.tensor([[float("nan"), -5.0, -float("inf")], [float("nan"), 3.0, 4.0]])
+    candidate = torch.ones(2, 3, dtype=torch.bool)
+    rejected = within_groups(x, candidate, torch.arange(2), 2, Fraction(1, 3), "unobserved", None, within)
+    of_class, of_image = [[False, False, False], [False, True, True]], [[False, True, False], [False, False, True]]
+    assert rejected.tolist() == (of_class if within == "class" else of_image)
+    for B, K, batch_size in ((0, 5, 4), (3, 0, 3)):
+        none = torch.zeros(B, K, dtype=torch.bool)
+        slots = torch.arange(B)
+        rejected = within_groups(torch.zeros(B, K), none, slots, batch_size, Fraction(1, 2), "all", 2, within)
+        assert rejected.shape == (B, K)
+    on_meta = (x.to("meta"), candidate.to("meta"), torch.arange(2, device="meta"))
+    assert within_groups(*on_meta, 2, Fraction(1, 3), "all", 1, within).shape == (2, 3)
+
+
 TIES = ["none", "bf16", "few values", "one value", "sorted"]
 
 
@@ -102,6 +202,9 @@ def long_pools(ties):
     return x, torch.rand(B, K, generator=generator) > 0.02
 
 
+LONG_CHOICES = [("unobserved", "pool"), ("all", "pool"), ("unobserved", "class"), ("all", "image")]
+
+
 def long_pools_on_workers(rank):
     """Uneven shares out of order, so that the highest logits and the first ties lie on any of the workers."""
     slots = [range(40, 64), range(5, 40), [4, 0, 3, 1, 2]][rank]
@@ -109,35 +212,20 @@ def long_pools_on_workers(rank):
     for ties in TIES:
         x, candidate = (values[list(slots)] for values in long_pools(ties))
         for pool, rate in ((None, Fraction(13, 1000)), (16, Fraction(1, 7)), (None, Fraction(1, 10**5))):
-            for reject_of in ("unobserved", "all"):
-                rejected = select_rejected(
-                    x,
-                    candidate,
-                    slots_B=torch.tensor(list(slots)),
-                    batch_size=64,
-                    rate=rate,
-                    reject_of=reject_of,
-                    reject_pool=pool,
-                    group=dist.group.WORLD,
+            for reject_of, within in LONG_CHOICES:
+                rejected = within_groups(
+                    x, candidate, torch.tensor(list(slots)), 64, rate, reject_of, pool, within, dist.group.WORLD
                 )
-                found.append((list(slots), ties, pool, rate, reject_of, rejected.numpy()))
+                found.append((list(slots), ties, pool, rate, reject_of, within, rejected.numpy()))
     return found
 
 
 def test_long_pools_over_workers_lose_what_they_lose_on_one():
     results = run_on_ranks(long_pools_on_workers, 3)
     for parts in zip(*results, strict=True):
-        _, ties, pool, rate, reject_of, _ = parts[0]
+        _, ties, pool, rate, reject_of, within, _ = parts[0]
         x, candidate = long_pools(ties)
-        alone = select_rejected(
-            x,
-            candidate,
-            slots_B=torch.arange(64),
-            batch_size=64,
-            rate=rate,
-            reject_of=reject_of,
-            reject_pool=pool,
-        ).numpy()
+        alone = within_groups(x, candidate, torch.arange(64), 64, rate, reject_of, pool, within).numpy()
         together = np.zeros_like(alone)
         for slots, *_, rejected in parts:
             together[slots] = rejected

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +56,19 @@ def test_the_same_gradient_reaches_the_maps_of_a_whole_network() -> None:
 def test_an_alpha_below_one_is_refused(alpha: float, place: str) -> None:
     with pytest.raises(SettingsError, match=f"boost.{place} is .* at least 1"):
         BoostSettings(**{place: (alpha,) if place == "eval_also" else alpha})
+
+
+def test_alpha_in_training_by_epoch() -> None:
+    constant = BoostSettings(train=2.3)
+    assert [constant.train_in(epoch) for epoch in (1, 2, 9)] == [2.3] * 3
+    linear = BoostSettings(train=2.3, schedule="linear", schedule_epochs=2)
+    assert [linear.train_in(epoch) for epoch in (1, 2, 3, 9)] == [1.0, 1.65, 2.3, 2.3]
+    assert linear.scored == (5.0,)
+    unknown: Any = "cosine"
+    with pytest.raises(SettingsError, match=r"boost\.schedule is 'cosine'; allowed are constant, linear"):
+        BoostSettings(schedule=unknown)
+    with pytest.raises(SettingsError, match=r"boost\.schedule_epochs is 0; it must be at least 1"):
+        BoostSettings(schedule_epochs=0)
 
 
 def test_an_alpha_scored_twice_is_refused() -> None:

@@ -144,6 +144,27 @@ def test_what_a_loss_remembers_is_in_the_checkpoint(loss: dict, workers: int, pr
         assert (remembered["target"] != 7).sum() > 100
 
 
+BEYOND: dict[str, Any] = EVERYTHING | {
+    "loss": {"name": "ll-r", "reject_within": "class", "reject_by": "averaged", "correct_after": 2},
+    "epochs": 2,
+    "accumulate": 1,
+}
+
+
+@pytest.mark.parametrize("workers", [1, 3, pytest.param(2, marks=pytest.mark.slow)])
+def test_rejection_by_averaged_weights_goes_on_with_the_same_bits(workers: int, prepared: Path, tmp_path: Path) -> None:
+    """Workers' BatchNorm statistics differ and a checkpoint holds the first's, so all must choose by the first's."""
+    whole, broken = (tiny_settings(prepared, tmp_path / name, **BEYOND) for name in ("whole", "broken"))
+    if workers > 1:
+        run_on_ranks(unbroken_and_resumed, workers, whole, broken, [5])
+    else:
+        assert run(whole) is not None
+        assert run(broken, stop_at=5) is None
+        assert run(broken) is not None
+    assert_same_bits(newest(whole), newest(broken))
+    assert newest(whole).facts["history"][-1]["rejection/rejected"] > 10
+
+
 @pytest.mark.slow
 def test_a_network_with_random_depth_goes_on_with_the_same_draws(prepared: Path, tmp_path: Path) -> None:
     model = {"backbone": "efficientnet_b0", "feature_layer": None, "output_stride": 16}

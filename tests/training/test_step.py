@@ -156,6 +156,21 @@ def test_a_short_last_batch_is_not_over_weighted(prepared: Path) -> None:
     assert_close(steps_taken(state, [last], last=True), wanted)
 
 
+def test_alpha_grows_by_epochs(prepared: Path) -> None:
+    """A step's gradient is that with the epoch's own alpha: 1, 2, 3 and then 3 for good."""
+    boost = {"train": 3.0, "schedule": "linear", "schedule_epochs": 2}
+    found = {}
+    for epoch, alpha in ((1, 1.0), (2, 2.0), (3, 3.0), (9, 3.0)):
+        state, data = begun(prepared, optimiser=PLAIN, loss={"name": "an"}, boost=boost)
+        constant, _ = begun(prepared, optimiser=PLAIN, loss={"name": "an"}, boost={"train": alpha})
+        batch = batches_of(state, data, epoch=1)[0]
+        state.epoch = epoch
+        wanted = gradient_of_an(constant, batch, 8 * state.num_classes)
+        found[alpha] = steps_taken(state, [batch])
+        assert_close(found[alpha], wanted)
+    assert (found[1.0]["head.bias"] - found[3.0]["head.bias"]).abs().max() > 1e-3
+
+
 def test_accumulated_batches_make_one_step_of_their_mean(prepared: Path) -> None:
     state, data = begun(prepared, optimiser=PLAIN, loss={"name": "an"}, accumulate=2)
     pair = batches_of(state, data, epoch=1)[:2]
@@ -200,6 +215,46 @@ def test_averaged_weights_are_a_float64_mean_of_those_passed(prepared: Path) -> 
     assert state.averaged is not None
     for name, value in state.averaged.named_parameters():
         torch.testing.assert_close(value.double(), wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_averaged_weights_choose_what_is_rejected(prepared: Path) -> None:
+    """Of the same batch, boosted as in training and with BatchNorm at rest; they are changed in no other way."""
+    state, data = begun(
+        prepared,
+        model={"batch_norm": "worker"},
+        loss={"name": "ll-cp", "reject_by": "averaged", "reject_rate_step": 0.1},
+        optimiser={"average": 0.5, "learning_rate": 1e-2},
+        data={"probe": 0.0},
+    )
+    first, *batches = batches_of(state, data, epoch=2)
+    train_step(state, first, last=False)  # the warm-up epoch still: the averaged weights are other ones from now on
+    state.epoch = 2
+    averaged, differing = state.averaged, 0
+    assert averaged is not None
+    for batch in batches:
+        kept = copy.deepcopy(averaged)
+        logits = averaged(state.normalise(batch.images, batch.flips), ALPHA).detach()
+        of_model = copy.deepcopy(state.model)(state.normalise(batch.images, batch.flips), ALPHA).detach()
+        unobserved = torch.ones_like(logits, dtype=torch.bool)
+        unobserved[batch.labels.image, batch.labels.cls] = False
+        k = math.ceil(int(unobserved.sum()) / 10)
+        wanted, other = (x.masked_fill(~unobserved, -math.inf).flatten().topk(k).indices for x in (logits, of_model))
+        differing += int((~torch.isin(wanted, other)).sum())
+        train_step(state, batch, last=False)
+        places = wanted.sort().values.numpy()
+        image, cls = np.divmod(places, state.num_classes)
+        np.testing.assert_array_equal(
+            np.sort(state.new_codes[-1]), np.sort(state.overlay.encode(batch.index[image], cls))
+        )
+        for name, value in kept.named_parameters():
+            mixed = value.detach().lerp(dict(state.model.named_parameters())[name].detach(), 0.5)
+            torch.testing.assert_close(dict(averaged.named_parameters())[name].detach(), mixed)
+    assert differing > 5
+
+
+def test_rejection_by_averaged_weights_that_are_not_kept_is_refused(prepared: Path) -> None:
+    with pytest.raises(SettingsError, match=r"reject_by is averaged, but optimiser.average is 0.*reject by model"):
+        begun(prepared, loss={"reject_by": "averaged"})
 
 
 def test_the_counts_of_a_step_equal_those_made_by_hand(prepared: Path) -> None:
