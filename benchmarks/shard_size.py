@@ -2,10 +2,9 @@
 
 python benchmarks/shard_size.py [--seeds 3] [--epochs 3] [--train-from features.18] [--out runs/shard-size]
 
-The photos have 320 px. One set of shards holds them resized to 160 px (JPEG, quality 90), the other as they are,
-resized by the loader. The network is trained from a late layer on, on cached
-features. Both trainings of a seed see the same batches and flips; full labels, the recipe coco18.yaml
-else. Prints test mAP of each run's best epoch (by validation) and the paired differences: to reach is a mean within
+The photos have 320 px. One set of shards holds them resized to 160 px (JPEG of --quality), the other as they are,
+resized by the loader. The network is trained from a late layer on, on cached features. Both trainings of a seed see
+the same batches and flips; full labels, the recipe coco18.yaml else. Prints test mAP of each run's best epoch (by validation) and the paired differences: to reach is a mean within
 0.3 points. What was prepared or trained already is read, not repeated. $PAML_SHARED holds data/coco18.
 """
 
@@ -32,9 +31,14 @@ RECIPE = ROOT / "jobs" / "recipes" / "coco18.yaml"
 SHARDS = {"stored": "squash", "original": "original"}
 
 
-def prepared(data: Path, out: Path, way: str, size: int) -> Path:
+def name_of(way: str, size: int, quality: int) -> str:
+    """Of the shards made in one of the two ways; the quality shows where it is not the default."""
+    return f"{way}-{size}" + (f"-q{quality}" if way == "stored" and quality != ShardSettings.quality else "")
+
+
+def prepared(data: Path, out: Path, way: str, size: int, quality: int) -> Path:
     """The photos and their full labels in one of the two ways."""
-    folder = out / f"data-{way}-{size}"
+    folder = out / f"data-{name_of(way, size, quality)}"
     if not (folder / "labels" / "test.arrow").exists():
         prepare(
             PrepareSettings(
@@ -42,7 +46,7 @@ def prepared(data: Path, out: Path, way: str, size: int) -> Path:
                 release=str(data / "2017_11"),
                 images=str(data / "images"),
                 full_labels=str(data / "full-labels"),
-                shards=ShardSettings(size=size, resize=SHARDS[way], samples_per_shard=500),  # type: ignore[arg-type]
+                shards=ShardSettings(size=size, resize=SHARDS[way], quality=quality, samples_per_shard=500),  # type: ignore[arg-type]
             )
         )
     return folder
@@ -81,11 +85,14 @@ def main() -> None:
     found: dict[str, list[float]] = {way: [] for way in SHARDS}
     for seed in range(options.seeds):
         for way in SHARDS:
-            folder = prepared(data, options.out, way, options.size)
+            folder = prepared(data, options.out, way, options.size, options.quality)
             settings = dataclasses.replace(
                 base,
                 run=dataclasses.replace(
-                    base.run, storage=str(options.out / "runs"), name=f"{way}-{options.size}-{seed}", mlflow=False
+                    base.run,
+                    storage=str(options.out / "runs"),
+                    name=f"{name_of(way, options.size, options.quality)}-{seed}",
+                    mlflow=False,
                 ),
                 data=dataclasses.replace(
                     base.data,
