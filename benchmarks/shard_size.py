@@ -4,8 +4,9 @@ python benchmarks/shard_size.py [--seeds 3] [--epochs 3] [--train-from features.
 
 The photos have 320 px. One set of shards holds them resized to 160 px (JPEG of --quality), the other as they are,
 resized by the loader. The network is trained from a late layer on, on cached features. Both trainings of a seed see
-the same batches and flips; full labels, the recipe coco18.yaml else. Prints test mAP of each run's best epoch (by validation) and the paired differences: to reach is a mean within
-0.3 points. What was prepared or trained already is read, not repeated. $PAML_SHARED holds data/coco18.
+the same batches and flips; full labels, the recipe coco18.yaml else. Prints test mAP of each run's best epoch (by
+validation) and the paired differences: to reach is a mean within 0.3 points. What was prepared or trained already is
+read, not repeated. $PAML_SHARED holds data/coco18.
 """
 
 import argparse
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--size", type=int, default=160)
+    parser.add_argument("--quality", type=int, default=ShardSettings.quality, help="of the stored JPEG files")
     parser.add_argument(
         "--train-from", default="features.18", help="layer of mobilenet_v2; what comes before is cached"
     )
