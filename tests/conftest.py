@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# Tiny networks gain nothing from threads, and threads that wait for each other are many times slower on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
