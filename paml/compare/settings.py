@@ -26,7 +26,8 @@ class GridSettings:
     mlflow: bool = True
     """Mirror all journals into MLflow."""
     cpus_per_run: int = 1
-    """CPUs, and threads, of a training without Ray Train workers (workers.num_workers 0 in the base)."""
+    """CPUs, and threads, of a training without Ray Train workers (workers.num_workers 0 in the base). Such trainings get
+    no GPU: for those take workers.num_workers 1 or more."""
     at_once: int | None = None
     """Such trainings at the same time; null for as many as the cluster's CPUs hold, 0 for one after another in this
     process without Ray. Those with workers.num_workers of 1 or more always run one after another."""
@@ -85,6 +86,10 @@ class CompareSettings(GridSettings):
 class SearchSettings(GridSettings):
     """Successive halving on the validation split. A method may hold a `space` of its own, on top of the common one."""
 
+    storage: str = "runs/search"
+    """Folder of all trainings and of the winners' recipes, local or s3://."""
+    experiment: str = "search"
+    """MLflow experiment."""
     space: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     """Dotted name -> values to try. Names joined by commas move together, a value being a list of one each or one for
     all: {"boost.train, boost.eval": [[1, 1], [1, 5], [5, 5]]} tries where the boost acts."""
