@@ -26,8 +26,8 @@ class GridSettings:
     mlflow: bool = True
     """Mirror all journals into MLflow."""
     cpus_per_run: int = 1
-    """CPUs, and threads, of a training without Ray Train workers (workers.num_workers 0 in the base). Such trainings get
-    no GPU: for those take workers.num_workers 1 or more."""
+    """CPUs, and threads, of a training without Ray Train workers (workers.num_workers 0 in the base). Such ones get no
+    GPU: for those take workers.num_workers 1 or more."""
     at_once: int | None = None
     """Such trainings at the same time; null for as many as the cluster's CPUs hold, 0 for one after another in this
     process without Ray. Those with workers.num_workers of 1 or more always run one after another."""
