@@ -24,9 +24,9 @@ from paml.errors import PamlError
 
 DATA = Path("data/demo")
 SIDE = 64
-IMAGES = {"train": 2000, "validation": 500, "test": 800}
+IMAGES = {"train": 2400, "validation": 600, "test": 900}
 SINGLE_SIDE = 40
-SINGLES = {"train": 6000, "validation": 300, "test": 100}
+SINGLES = {"train": 8000, "validation": 300, "test": 100}
 RECIPE = "jobs/recipes/demo.yaml"
 ROWS = {
     "AN": ["--loss.name=an", "--boost.train=1", "--boost.eval=1"],
