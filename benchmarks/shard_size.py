@@ -32,14 +32,18 @@ RECIPE = ROOT / "jobs" / "recipes" / "coco18.yaml"
 SHARDS = {"stored": "squash", "original": "original"}
 
 
-def name_of(way: str, size: int, quality: int) -> str:
-    """Of the shards made in one of the two ways; the quality shows where it is not the default."""
-    return f"{way}-{size}" + (f"-q{quality}" if way == "stored" and quality != ShardSettings.quality else "")
+def name_of(way: str, shards: ShardSettings) -> str:
+    """Of the shards made in one of the two ways; what is not the default shows."""
+    if way == "original":
+        return f"{way}-{shards.size}"
+    quality = f"-q{shards.quality}" if shards.quality != ShardSettings.quality else ""
+    chroma = "-" + shards.chroma.replace(":", "") if shards.chroma != ShardSettings.chroma else ""
+    return f"{way}-{shards.size}{quality}{chroma}"
 
 
-def prepared(data: Path, out: Path, way: str, size: int, quality: int) -> Path:
+def prepared(data: Path, out: Path, way: str, shards: ShardSettings) -> Path:
     """The photos and their full labels in one of the two ways."""
-    folder = out / f"data-{name_of(way, size, quality)}"
+    folder = out / f"data-{name_of(way, shards)}"
     if not (folder / "labels" / "test.arrow").exists():
         prepare(
             PrepareSettings(
@@ -47,7 +51,7 @@ def prepared(data: Path, out: Path, way: str, size: int, quality: int) -> Path:
                 release=str(data / "2017_11"),
                 images=str(data / "images"),
                 full_labels=str(data / "full-labels"),
-                shards=ShardSettings(size=size, resize=SHARDS[way], quality=quality, samples_per_shard=500),  # type: ignore[arg-type]
+                shards=dataclasses.replace(shards, resize=SHARDS[way]),
             )
         )
     return folder
@@ -70,6 +74,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--size", type=int, default=160)
     parser.add_argument("--quality", type=int, default=ShardSettings.quality, help="of the stored JPEG files")
+    parser.add_argument("--chroma", default=ShardSettings.chroma, help="of the stored JPEG files: 4:2:0 or 4:4:4")
     parser.add_argument(
         "--train-from", default="features.18", help="layer of mobilenet_v2; what comes before is cached"
     )
@@ -84,16 +89,17 @@ def main() -> None:
     if base.model.weights is not None:
         weights = shared / "weights" / Path(base.model.weights).name
         base = dataclasses.replace(base, model=dataclasses.replace(base.model, weights=str(weights)))
+    shards = ShardSettings(size=options.size, quality=options.quality, chroma=options.chroma, samples_per_shard=500)
     found: dict[str, list[float]] = {way: [] for way in SHARDS}
     for seed in range(options.seeds):
         for way in SHARDS:
-            folder = prepared(data, options.out, way, options.size, options.quality)
+            folder = prepared(data, options.out, way, shards)
             settings = dataclasses.replace(
                 base,
                 run=dataclasses.replace(
                     base.run,
                     storage=str(options.out / "runs"),
-                    name=f"{name_of(way, options.size, options.quality)}-{seed}",
+                    name=f"{name_of(way, shards)}-{seed}",
                     mlflow=False,
                 ),
                 data=dataclasses.replace(

@@ -136,6 +136,7 @@ def _encoded_size(data: bytes, settings: ShardSettings) -> int | None:
             size=settings.size,
             resize=settings.resize,
             quality=settings.quality,
+            chroma=settings.chroma,
             max_pixels=settings.max_pixels,
             strict=settings.strict,
         )

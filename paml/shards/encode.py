@@ -285,6 +285,7 @@ def _record(
         size=settings.size,
         resize=settings.resize,
         quality=settings.quality,
+        chroma=settings.chroma,
         max_pixels=settings.max_pixels,
         strict=settings.strict,
     )

@@ -18,6 +18,7 @@ except ImportError:  # the bytes then differ slightly; design.md promises them f
     simplejpeg = None
 
 Resize = Literal["squash", "shorter_side", "original"]
+Chroma = Literal["4:2:0", "4:4:4"]
 
 _ORIENTATION = 274
 _TRANSPOSE = {
@@ -48,7 +49,14 @@ class Prepared(NamedTuple):
 
 
 def prepare_image(
-    data: bytes, *, size: int, resize: Resize, quality: int, max_pixels: int, strict: bool = True
+    data: bytes,
+    *,
+    size: int,
+    resize: Resize,
+    quality: int,
+    max_pixels: int,
+    chroma: Chroma = "4:2:0",
+    strict: bool = True,
 ) -> Prepared:
     """Encode an image for a shard.
 
@@ -91,7 +99,7 @@ def prepare_image(
         target = (max(1, round(width * scale)), max(1, round(height * scale)))
     if target != (width, height):
         pixels = pixels.resize(target, Image.Resampling.BILINEAR)
-    return Prepared(_encode(pixels, quality), *target, "jpg")
+    return Prepared(_encode(pixels, quality, chroma), *target, "jpg")
 
 
 def _decode(image: Image.Image, data: bytes, strict: bool) -> Image.Image:
@@ -107,12 +115,12 @@ def _decode(image: Image.Image, data: bytes, strict: bool) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _encode(pixels: Image.Image, quality: int) -> bytes:
+def _encode(pixels: Image.Image, quality: int, chroma: Chroma) -> bytes:
     if simplejpeg is not None:
         array = np.ascontiguousarray(np.asarray(pixels))
-        return simplejpeg.encode_jpeg(array, quality, "RGB", "420", fastdct=False)
+        return simplejpeg.encode_jpeg(array, quality, "RGB", chroma.replace(":", ""), fastdct=False)
     out = io.BytesIO()
-    pixels.save(out, "JPEG", quality=quality, subsampling="4:2:0")
+    pixels.save(out, "JPEG", quality=quality, subsampling=chroma)
     return out.getvalue()
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from paml.errors import SettingsError
-from paml.shards.images import Resize
+from paml.shards.images import Chroma, Resize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,10 @@ class ShardSettings:
     """`squash`: both sides become `size`, as in the papers. `shorter_side`: the shorter side comes down to
     `size`, aspect kept, never enlarged. `original`: the bytes stay as they are (jpg, png and webp)."""
     quality: int = 90
-    """Of the JPEG encoding (baseline, 4:2:0), 1 to 100; unused with `original`."""
+    """Of the JPEG encoding (baseline), 1 to 100; unused with `original`."""
+    chroma: Chroma = "4:2:0"
+    """Colours at half the resolution, as nearly every photo has them, or `4:4:4`: at all of it, for more bytes.
+    Unused with `original`."""
     samples_per_shard: int = 2000
     """Images a shard holds on average: sizes vary by about the square root of it."""
     seed: int = 0
@@ -29,6 +32,8 @@ class ShardSettings:
     def __post_init__(self) -> None:
         if self.resize not in ("squash", "shorter_side", "original"):
             raise SettingsError(f"shards.resize is {self.resize!r}: set it to squash, shorter_side or original")
+        if self.chroma not in ("4:2:0", "4:4:4"):
+            raise SettingsError(f"shards.chroma is {self.chroma!r}: set it to '4:2:0' or '4:4:4'")
         for name, low, high in (
             ("size", 16, 8192),
             ("quality", 1, 100),

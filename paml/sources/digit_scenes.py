@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-VERSION = 1
+VERSION = 2
 SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}  # each with its share of the digit images
 DEFAULT_IMAGES = {"train": 2400, "validation": 600, "test": 900}
 COLOURS = {
@@ -105,7 +105,7 @@ def write_digit_scenes(
 
     images: scenes of each split (train, validation, test); 2,400, 600 and 900 where none is given.
     size: side of the square pictures, pixels.
-    single: one large digit in every scene, to learn digits from before they come in company.
+    single: one large digit in every scene, every class as often, to learn digits from before they come in company.
     progress: called with (scenes done, scenes in all) after each scene.
 
     The same settings give the same files. A folder that is whole with the same settings is kept as it is, one
@@ -121,7 +121,7 @@ def write_digit_scenes(
         return SceneReport(folder=str(folder), kept=True, **finished)
 
     digits = _digits_of_splits()
-    weights = _class_weights(seed)
+    weights = np.full(len(CLASSES), 1 / len(CLASSES)) if single else _class_weights(seed)
     _write_classes(folder / "2017_11")
     positives = dict.fromkeys(counts, 0)
     observed = {1: 0, 0: 0}

@@ -29,6 +29,16 @@ def test_output_is_a_baseline_420_jpeg() -> None:
     assert (prepared.width, prepared.height, prepared.extension) == (32, 32, "jpg")
 
 
+def test_colours_at_full_resolution_come_closer() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3)).astype(np.uint8)
+    original = Image.fromarray(noise)
+    halved, whole = (
+        decoded(prepare(encoded(original, "PNG"), 48, chroma=chroma).data) for chroma in ("4:2:0", "4:4:4")
+    )
+    assert [JpegImagePlugin.get_sampling(image) for image in (halved, whole)] == [2, 0]
+    assert distance(whole, original) < 0.5 * distance(halved, original)
+
+
 def test_pixels_are_those_of_pillows_antialiased_bilinear() -> None:
     original = picture(2, 517, 389)
     reference = original.resize((160, 160), Image.Resampling.BILINEAR)
