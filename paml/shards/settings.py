@@ -1,9 +1,14 @@
 """How images become shards."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from paml.errors import SettingsError
 from paml.shards.images import Chroma, Resize
+
+_ADDED_LATER = {"chroma": "4:2:0"}
+"""Settings that older shards do not name, and what they were made with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,3 +49,7 @@ class ShardSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise SettingsError(f"shards.{name} is {value!r}: set it to a whole number from {low} to {high}")
+
+    def made(self, stored: Mapping[str, Any]) -> bool:
+        """Whether shards that say they were made with `stored` are those that these settings make."""
+        return _ADDED_LATER | stored == dataclasses.asdict(self)

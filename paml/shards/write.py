@@ -206,7 +206,7 @@ def _strings(keys: Iterable[str]) -> pa.StringArray:
 
 def _finished_report(out: str, settings: ShardSettings) -> ShardReport:
     manifest = Manifest.open(out)
-    if manifest.settings != dataclasses.asdict(settings):
+    if not settings.made(manifest.settings):
         have = manifest.settings or "none: they were indexed, not written here"
         raise SettingsError(
             f"{out} holds finished shards of other settings ({have}), asked for "
@@ -301,8 +301,9 @@ class _Run:
             plan = None
         if plan is not None:
             num_shards = plan.pop("num_shards")
+            same = {"settings": self._settings.made(plan["settings"]), "wanted": plan["wanted"] == mine["wanted"]}
             for name, what in (("settings", "settings"), ("wanted", "wanted keys")):
-                if plan[name] != mine[name]:
+                if not same[name]:
                     raise SettingsError(
                         f"{self._work} holds a cut-off run of other {what} ({plan[name]}), asked for {mine[name]}: "
                         f"use those {what} to go on, or delete that folder to start anew"

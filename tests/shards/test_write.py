@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import io
+import json
 import os
 import random
 import resource
@@ -369,6 +370,18 @@ def test_a_cut_run_refuses_other_settings(tmp_path: Path) -> None:
         write_shards(cut_after(source(5), 5), tmp_path, SMALL, expected_count=20)
     with pytest.raises(SettingsError, match="cut-off run of other settings"):
         write_shards(source(5), tmp_path, ShardSettings(size=48))
+
+
+def test_a_cut_run_from_before_chroma_was_a_setting_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(Cut):
+        write_shards(cut_after(source(20), 5), tmp_path, SMALL, expected_count=20)
+    (path,) = tmp_path.rglob("plan.json")
+    plan = json.loads(path.read_text())
+    del plan["settings"]["chroma"]
+    path.write_text(json.dumps(plan))
+    with pytest.raises(SettingsError, match="cut-off run of other settings"):
+        write_shards(source(20), tmp_path, dataclasses.replace(SMALL, chroma="4:4:4"))
+    assert write_shards(source(20), tmp_path, SMALL).written == 20
 
 
 def test_two_writers_of_one_folder_are_refused(tmp_path: Path) -> None:
