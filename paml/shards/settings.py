@@ -1,7 +1,6 @@
 """How images become shards."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from paml.errors import SettingsError
@@ -50,6 +49,6 @@ class ShardSettings:
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise SettingsError(f"shards.{name} is {value!r}: set it to a whole number from {low} to {high}")
 
-    def made(self, stored: Mapping[str, Any]) -> bool:
+    def made(self, stored: dict[str, Any]) -> bool:
         """Whether shards that say they were made with `stored` are those that these settings make."""
         return _ADDED_LATER | stored == dataclasses.asdict(self)
