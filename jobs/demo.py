@@ -6,6 +6,7 @@ compared. Nothing is downloaded.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,9 +44,9 @@ def make_data(seed: int) -> Path:
 def _prepared(name: str, images: dict[str, int], side: int, seed: int, *, single: bool) -> Path:
     from paml.prepare import PrepareSettings, prepare
     from paml.shards import ShardSettings
-    from paml.sources.digit_scenes import write_digit_scenes
+    from paml.sources.digit_scenes import VERSION, write_digit_scenes
 
-    scenes = DATA / name
+    scenes = DATA / f"{name}-v{VERSION}"  # what an older demo left is no hindrance
     report = write_digit_scenes(
         scenes, images=images, size=side, seed=seed, single=single, progress=_bar("drawing scenes")
     )
@@ -78,12 +80,12 @@ def make_weights() -> Path:
     from paml.training.settings import TrackingSettings, TrainSettings
     from paml.training.world import World
 
-    weights = DATA / "single-digits.safetensors"
+    data = _prepared("single-digits", SINGLES, SINGLE_SIDE, seed=0, single=True)
+    weights = data.parent / "backbone.safetensors"
     if weights.exists():
         return weights
-    data = _prepared("single-digits", SINGLES, SINGLE_SIDE, seed=0, single=True)
     settings = TrainSettings(
-        run=TrackingSettings(storage=str(DATA), name="single-digits-run"),
+        run=TrackingSettings(storage=str(data.parent), name="run"),
         data=DataSettings(
             root=str(data), train_labels="labels/train-full.arrow", train_truth=None, test_split=None, flip=0.0
         ),
@@ -172,12 +174,14 @@ def compare(names: dict[str, str], data: Path) -> Path:
 def demo(seed: int, options: list[str]) -> None:
     """Data, a backbone, two runs, the comparison."""
     begun = time.monotonic()
-    data = make_data(seed)
-    weights = make_weights()
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = {title: f"demo-{stamp}-{title.lower().replace(' + ', '-')}" for title in ROWS}
-    print("\nstarting Ray (on free ports, stopped at the end)", flush=True)
-    with ray_head(ROOT) as environment:
+    print("starting Ray beside what follows (on free ports, stopped at the end)", flush=True)
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as beside:
+        head = beside.submit(stack.enter_context, ray_head(ROOT))
+        data = make_data(seed)
+        weights = make_weights()
+        environment = head.result()
         for title, name in names.items():
             own = [*ROWS[title], f"--model.weights={weights}", f"--seed={seed}", *options]
             submit(name, data, own, environment)

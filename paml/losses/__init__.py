@@ -109,8 +109,6 @@ def partial_label_loss(
             f"the loss {settings.name!r} needs what its memory recalls: keep a `build_memory(...)` and pass `recalled`"
         )
     alone = world is None or world.size() == 1
-    rejecting = loss.rejects and rate > 0 and batch_size > 0
-
     correcting = settings.correct_after is not None and epoch >= settings.correct_after
     plain = settings.reject_within == "pool" and not correcting
     fused = loss.per_label is None and loss.unobserved != LEFT_OUT
@@ -118,22 +116,8 @@ def partial_label_loss(
         return _on_one_cpu(loss, logits_BK, ranked_BK, state_BK, settings, rate, divisor, slots_B, batch_size)
 
     own, now = loss.settings_in(settings), Epoch(epoch, epochs)
-    rejected_BK = None
-    if loss.select is not None:
-        place = Place(slots_B, batch_size, settings.reject_pool, world)
-        rejected_BK = loss.select(ranked_BK, state_BK, own, now, place)
-    elif rejecting:
-        rejected_BK = select_rejected(
-            ranked_BK,
-            state_BK == UNOBSERVED,
-            slots_B=slots_B,
-            batch_size=batch_size,
-            rate=rate,
-            reject_of=settings.reject_of,
-            reject_pool=settings.reject_pool,
-            reject_within=settings.reject_within,
-            group=world,
-        )
+    place = Place(slots_B, batch_size, settings.reject_pool, world)
+    rejected_BK = _choose(loss, ranked_BK, state_BK, settings, now, rate, place)
     all_rejected_BK = rejected_BK
     if correcting and rejected_BK is not None:
         sure_BK = rejected_BK & (ranked_BK > math.log(settings.correct_threshold / (1 - settings.correct_threshold)))
@@ -155,6 +139,37 @@ def partial_label_loss(
     return LossOutput(total, all_rejected_BK)
 
 
+def _choose(
+    loss: Loss,
+    ranked_BK: Tensor,
+    state_BK: Tensor,
+    settings: LossSettings,
+    now: Epoch,
+    rate: Fraction,
+    place: Place,
+) -> Tensor | None:
+    """What is rejected: by the loss's own rule where it has one, else the largest losses of each pool."""
+    if loss.select is not None:
+        return loss.select(ranked_BK, state_BK, loss.settings_in(settings), now, place)
+    if not _rejects_now(loss, rate, place.batch_size):
+        return None
+    return select_rejected(
+        ranked_BK,
+        state_BK == UNOBSERVED,
+        slots_B=place.slots_B,
+        batch_size=place.batch_size,
+        rate=rate,
+        reject_of=settings.reject_of,
+        reject_pool=settings.reject_pool,
+        reject_within=settings.reject_within,
+        group=place.world,
+    )
+
+
+def _rejects_now(loss: Loss, rate: Fraction, batch_size: int) -> bool:
+    return loss.rejects and rate > 0 and batch_size > 0
+
+
 def _on_one_cpu(
     loss: Loss,
     logits_BK: Tensor,
@@ -170,7 +185,7 @@ def _on_one_cpu(
     states = state_BK.numpy().reshape(-1)
     observed = true_places(states != UNOBSERVED)
     positive = observed[states[observed] == POSITIVE]
-    if not loss.rejects or rate == 0 or batch_size == 0:
+    if not _rejects_now(loss, rate, batch_size):
         return LossOutput(_sparse(loss, logits_BK, positive, np.empty(0, np.int64), divisor), None)
     rejected = select_by_partition(
         ranked_BK.numpy(),
