@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from paml.tracking import Journal, MlflowFollower, SystemSampler
 from paml.tracking.figures import rejected_by_epoch_figure
 from paml.tracking.model import final_model
 from paml.training.checkpoint import committed, read_checkpoint
-from paml.training.data import RunData, open_data
+from paml.training.data import RunData, Split, open_data
 from paml.training.loop import Result, Watcher, pairs_path, run_folder_of, terminal_bar, train
 from paml.training.settings import TrainSettings, at_absolute_paths, flatten, refuse_other_settings
 from paml.training.world import World
@@ -157,12 +158,6 @@ def _versions() -> dict[str, str]:
 
 
 def _open_journal(journal: Journal, settings: TrainSettings, data: RunData, more: Mapping[str, str]) -> None:
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    note = (
-        f"**{settings.loss.name}**, boost {settings.boost.train:g} in training and {settings.boost.eval:g} in scoring, "
-        f"{settings.model.backbone} at {data.image_size} px, on `{settings.data.root}` "
-        f"({len(data.train.samples):,} images, {len(data.classes):,} classes).\n\nRepeat: `python {command}`"
-    )
     tags = {
         "dataset": settings.data.root.rstrip("/").rsplit("/", 1)[-1],
         "method": settings.loss.name + ("+boost" if settings.boost.train > 1 else ""),
@@ -173,17 +168,39 @@ def _open_journal(journal: Journal, settings: TrainSettings, data: RunData, more
     submission = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
     if "job_submission_id" in submission:
         tags["ray_job"] = submission["job_submission_id"]
-    journal.run(experiment=settings.run.experiment, name=settings.run.name, tags=tags, note=note)
+    journal.run(experiment=settings.run.experiment, name=settings.run.name, tags=tags, note=_note(settings, data))
     journal.settings(dataclasses.asdict(settings))
-    for split in (data.train, data.validation, data.test):
-        if split is not None:
-            journal.dataset(
-                name=split.name,
-                digest=f"{split.manifest.digest[:16]}-{split.table.digest[:16]}",
-                source=split.manifest.folder,
-                context={"train": "training"}.get(split.name, split.name),
-                profile={"images": len(split.samples), "annotations": split.table.num_annotations},
-            )
+    for split in data.splits:
+        journal.dataset(
+            name=split.name,
+            digest=_data_digest(split),
+            source=split.manifest.folder,
+            context={"train": "training"}.get(split.name, split.name),
+            profile={"images": len(split.samples), "annotations": split.table.num_annotations},
+        )
+
+
+def _note(settings: TrainSettings, data: RunData, table: str | None = None) -> str:
+    """What stands at the head of the run's page, in Markdown: what the run is, its scores, how to repeat it."""
+    digests = ", ".join(f"{split.name} `{_data_digest(split)}`" for split in data.splits)
+    versions = ", ".join(f"{name.removeprefix('version.')} {version}" for name, version in _versions().items())
+    command = shlex.join([f"jobs/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    parts = [
+        f"**{settings.loss.name}**, boost {settings.boost.train:g} in training and {settings.boost.eval:g} in scoring, "
+        f"{settings.model.backbone} at {data.image_size} px, on `{settings.data.root}` "
+        f"({len(data.train.samples):,} images, {len(data.classes):,} classes).",
+        "The run has not ended: no test scores yet."
+        if table is None
+        else f"Test scores in percent, each alpha's epoch chosen on validation:\n\n```\n{table}\n```",
+        f"**Repeat:** `python {command}`; every setting is in the artifact `settings.yaml`.",
+        f"**Data** (digests of shards and labels): {digests}.",
+        f"**Versions:** {versions}.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _data_digest(split: Split) -> str:
+    return f"{split.manifest.digest[:16]}-{split.table.digest[:16]}"
 
 
 def _report(result: Result, settings: TrainSettings, data: RunData, run_folder: str, journal: Journal) -> None:
@@ -200,6 +217,7 @@ def _report(result: Result, settings: TrainSettings, data: RunData, run_folder: 
         table = score_table(rows)
         print(f"\ntest scores of {settings.run.name}, in percent\n{table}\n", flush=True)
         journal.artifact_bytes(table.encode(), "tables/test_scores.txt")
+        journal.note(_note(settings, data, table))
     journal.artifact_bytes(json.dumps(_finite(result.history), indent=1).encode(), "tables/history.json")
     rejected = [
         {name.removeprefix("rejection/"): value for name, value in figures.items()} for figures in result.history

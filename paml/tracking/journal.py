@@ -27,6 +27,7 @@ SCHEMA_VERSION = 1
 STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED")
 END_STATUSES = STATUSES[1:]
 
+_NOTE_TAG = "mlflow.note.content"
 _SEGMENT = re.compile(r"\d{20}-[\w.]+-\d+\.json")
 _KEY = re.compile(r"[\w. :/-]{1,250}", re.ASCII)
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -84,7 +85,7 @@ class Journal:
             Event(kind="run", time_ms=now, key=secrets.token_hex(16), value=identity),
             Event(kind="status", time_ms=now, value="RUNNING"),
         ]
-        texts = dict(tags or {}) | ({"mlflow.note.content": note} if note is not None else {})
+        texts = dict(tags or {}) | ({_NOTE_TAG: note} if note is not None else {})
         self._write(events + [_text("tag", key, value, now) for key, value in texts.items()])
 
     def metrics(self, values: Mapping[str, float], step: int, time_ms: int | None = None) -> None:
@@ -120,6 +121,10 @@ class Journal:
         """Tags; the last value of a key stands."""
         now = _now_ms()
         self._write([_text("tag", key, value, now) for key, value in values.items()])
+
+    def note(self, text: str) -> None:
+        """Markdown shown at the head of the run's page, in the stead of what stood there."""
+        self.tags({_NOTE_TAG: text})
 
     def dataset(
         self,

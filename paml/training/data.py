@@ -56,6 +56,11 @@ class RunData:
     image_size: int
 
     @property
+    def splits(self) -> tuple[Split, ...]:
+        """Those that there are, training first."""
+        return tuple(split for split in (self.train, self.validation, self.test) if split is not None)
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """MIDs, in the order of the head's maps."""
         return self.train.table.classes

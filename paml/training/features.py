@@ -74,7 +74,7 @@ def with_features(
     if settings.model.train_from is None:
         return data
     maker = _Maker(settings, data.image_size, model, world, say if world.first else lambda text: None, bar)
-    splits = [split for split in (data.train, data.validation, data.test) if split is not None]
+    splits = data.splits
     wanted = [(split, False) for split in splits]
     if settings.data.flip > 0:
         wanted.insert(1, (data.train, True))
