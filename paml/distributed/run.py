@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from paml import __version__, storage
 from paml.distributed import cluster
 from paml.errors import SettingsError, Stopped
+from paml.explain.panel import PanelRow, draw_map_panel
 from paml.metrics import Scores, score_table, write_per_class
 from paml.tracking import Journal, MlflowFollower, SystemSampler
 from paml.tracking.figures import rejected_by_epoch_figure
@@ -26,7 +29,11 @@ from paml.training.checkpoint import committed, read_checkpoint
 from paml.training.data import RunData, Split, open_data
 from paml.training.loop import Result, Watcher, pairs_path, run_folder_of, terminal_bar, train
 from paml.training.settings import TrainSettings, at_absolute_paths, flatten, refuse_other_settings
+from paml.training.watched import kept_maps, watched_labels
 from paml.training.world import World
+
+EPOCHS_SHOWN = 8
+"""Of which the panel of maps has a column each."""
 
 
 def run_training(settings: TrainSettings) -> int:
@@ -226,7 +233,24 @@ def _report(result: Result, settings: TrainSettings, data: RunData, run_folder: 
         path = storage.join(run_folder, "artifacts", "rejected_by_epoch.png")
         rejected_by_epoch_figure(rejected, path)
         journal.artifact(path, "figures/rejected_by_epoch.png")
+    _report_maps(settings, data, run_folder, len(result.history), journal)
     _final_model(result, settings, data, run_folder, journal)
+
+
+def _report_maps(settings: TrainSettings, data: RunData, run_folder: str, epochs: int, journal: Journal) -> None:
+    """The watched labels' maps side by side: of every epoch, or of some evenly spread ones with the first and last."""
+    shown = np.unique(np.linspace(1, epochs, min(epochs, EPOCHS_SHOWN)).round().astype(int)).tolist()
+    kept = {epoch: maps for epoch in shown if (maps := kept_maps(run_folder, epoch))}
+    if not kept:
+        return
+    labels = watched_labels(data.validation, data.image_size, settings.seed)
+    rows = [
+        PanelRow(label.pixels, data.names[label.cls], [maps[place] for maps in kept.values()])
+        for place, label in enumerate(labels[: min(map(len, kept.values()))])
+    ]
+    path = storage.join(run_folder, "artifacts", "maps_by_epoch.png")
+    draw_map_panel([f"epoch {epoch}" for epoch in kept], rows, path)
+    journal.artifact(path, "figures/maps_by_epoch.png")
 
 
 def _finite(value: Any) -> Any:

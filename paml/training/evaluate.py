@@ -1,7 +1,7 @@
 """Scores of a model on annotated pairs: every image once, whatever the number of workers."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -28,24 +28,33 @@ def score_pairs(
 
     One pass of the network serves all alphas, since the boost acts on its maps. Scores are float32 logits.
     """
+    found: dict[float, list[Pairs]] = {alpha: [] for alpha in alphas}
+    with evaluating(model):
+        for batch in batches:
+            if not len(batch):
+                continue
+            images = normalise(_move(batch.images, world.device), None)
+            with _autocast(world.device, autocast):
+                maps_BKHW = model.maps(images)
+            labels = batch.labels.to(world.device)
+            place_B = torch.from_numpy(batch.index).to(world.device)
+            for alpha in alphas:
+                logits_BK = pool_logits(maps_BKHW, alpha)
+                found[alpha].append(pairs_of(logits_BK, labels.image, labels.cls, labels.state, place_B))
+            watch(len(batch))
+    return {alpha: gather_pairs(join_pairs(parts, world.device), world.group) for alpha, parts in found.items()}
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; then every module has the mode again that it had, frozen ones too."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
-    found: dict[float, list[Pairs]] = {alpha: [] for alpha in alphas}
-    for batch in batches:
-        if not len(batch):
-            continue
-        images = normalise(_move(batch.images, world.device), None)
-        with _autocast(world.device, autocast):
-            maps_BKHW = model.maps(images)
-        labels = batch.labels.to(world.device)
-        place_B = torch.from_numpy(batch.index).to(world.device)
-        for alpha in alphas:
-            logits_BK = pool_logits(maps_BKHW, alpha)
-            found[alpha].append(pairs_of(logits_BK, labels.image, labels.cls, labels.state, place_B))
-        watch(len(batch))
-    for module, mode in was_training.items():
-        module.training = mode
-    return {alpha: gather_pairs(join_pairs(parts, world.device), world.group) for alpha, parts in found.items()}
+    try:
+        yield
+    finally:
+        for module, mode in was_training.items():
+            module.training = mode
 
 
 def _move(images: torch.Tensor, device: torch.device) -> torch.Tensor:

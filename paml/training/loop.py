@@ -36,6 +36,7 @@ from paml.training.features import with_features
 from paml.training.settings import TrainSettings, refuse_other_settings
 from paml.training.state import COUNTS, TrainState, enter_epoch, load_state, new_state, save_state, share_corrections
 from paml.training.step import settle_waiting, train_step
+from paml.training.watched import keep_maps, watched_labels
 from paml.training.world import World
 
 NAMED = 20
@@ -157,6 +158,8 @@ def train(settings: TrainSettings, world: World, watcher: Watcher, last_epoch: i
     if world.first:
         _describe(state, data, watcher)
     share = _probe_share(settings, data)
+    looking = world.first and not model.on_features  # features are no pictures
+    watched = watched_labels(data.validation, data.image_size, settings.seed) if looking else []
 
     while state.epoch <= settings.all_epochs and not _patience_over(state):
         if last_epoch is not None and state.epoch > last_epoch:
@@ -167,6 +170,9 @@ def train(settings: TrainSettings, world: World, watcher: Watcher, last_epoch: i
         figures = _epoch_figures(state, data, seconds, begun_at) | _traffic_figures(state.world, traffic)
         scored, _ = _score(state, data.validation, data, watcher, f"epoch {state.epoch} validation")
         figures |= _score_figures(scored, "val", "groups")
+        if watched:
+            scorer = scored_model(state)
+            keep_maps(run_folder, state.epoch, watched, scorer, state.normalise, settings.boost.eval)
         if world.first and watcher.journal is not None:
             watcher.journal.metrics(figures, state.epoch)
         _end_epoch(state, run_folder, scored, figures)
