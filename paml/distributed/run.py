@@ -19,6 +19,7 @@ from paml.distributed import cluster
 from paml.errors import SettingsError, Stopped
 from paml.metrics import Scores, score_table, write_per_class
 from paml.predict.predictor import ModelFacts, write_model_folder
+from paml.predict.register import RegisterSettings, register_run
 from paml.tracking import Journal, MlflowFollower, SystemSampler
 from paml.tracking.figures import rejected_by_epoch_figure
 from paml.tracking.model import final_model
@@ -40,6 +41,12 @@ def run_training(settings: TrainSettings) -> int:
     follower = train_run(settings)
     if follower is not None:
         print(f"MLflow: {follower.tracking_uri}, experiment {settings.run.experiment}, run {follower.run_id}")
+    if settings.run.register is not None:
+        register = RegisterSettings(run=run_folder_of(settings), name=settings.run.register)
+        if follower is None:
+            print(f"not registered, since MLflow is away; later: {register.command}", flush=True)
+        else:
+            register_run(dataclasses.replace(register, tracking_uri=follower.tracking_uri))
     return 0
 
 

@@ -358,7 +358,8 @@ def _ranks(first: int, last: int) -> np.ndarray:
     return np.unique(np.minimum(np.ceil(first * _GRID ** np.arange(count + 1)), last).astype(np.int64))
 
 
-class Reliability(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Reliability:
     """Probabilities in bins of equal width: what was said, and what was true."""
 
     count: np.ndarray

@@ -216,6 +216,13 @@ def write_model_folder(folder: str, network: CamClassifier, facts: ModelFacts, c
     storage.write_bytes(storage.join(folder, "model.json"), json.dumps(facts.to_json(), indent=1).encode())
 
 
+def model_folder(run_folder: str) -> tuple[str, ModelFacts] | None:
+    """The model folder that a finished run holds, and what it describes; None where there is none yet."""
+    folder = storage.join(run_folder, "model")
+    path = storage.join(folder, "model.json")
+    return (folder, _read_facts(path)) if storage.exists(path) else None
+
+
 def _read_folder(folder: str) -> tuple[CamClassifier, ModelFacts]:
     from safetensors import SafetensorError
     from safetensors.torch import load

@@ -1,6 +1,7 @@
 """Code file of a logged model: MLflow runs it instead of unpickling an object."""
 
 import base64
+import re
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ class ImageClassifier(PythonModel):
 
         self.predictor = open_predictor(context.artifacts["model"])
 
-    def predict(self, context, model_input, params: dict[str, Any] | None = None) -> list[list[dict[str, Any]]]:
+    def predict(self, context, model_input, params: dict[str, Any] | None = None) -> Any:
         """Raises ValueError, which names its row, for a picture that cannot be decoded."""
         from paml.data.decode import UndecodableError
 
@@ -32,7 +33,7 @@ class ImageClassifier(PythonModel):
         answers = []
         for row, image in enumerate(model_input["image"]):  # one by one: requests are small, memory stays bounded
             try:
-                pixels = self.predictor.decode(bytes(image))
+                pixels = self.predictor.decode(_encoded(image))
             except UndecodableError as error:
                 raise ValueError(f"image {row} cannot be read as a picture: {error}") from error
             answers.append(self._answer(pixels, top, maps))
@@ -53,6 +54,13 @@ class ImageClassifier(PythonModel):
             for entry, scores in zip(answer, own, strict=True):
                 entry["map"] = base64.b64encode(map_png(pixels, scores, limit_of(list(own)))).decode()
         return answer
+
+
+def _encoded(image: bytes | str) -> bytes:
+    """A picture's bytes. MLflow decodes the base64 of `dataframe_records` and `dataframe_split`, not that of `inputs`;
+    no picture's own bytes are all of base64's alphabet."""
+    data = image.encode() if isinstance(image, str) else bytes(image)
+    return base64.b64decode(data) if re.fullmatch(rb"[A-Za-z0-9+/=\s]+", data) else data
 
 
 set_model(ImageClassifier())
