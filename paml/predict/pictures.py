@@ -48,7 +48,7 @@ def draw_reliability(curves: Mapping[str, Reliability], title: str, path: str) -
     """Draw to `path` (PNG) what was said against what was true, bin by bin, and how many pairs were in each bin."""
     from matplotlib.ticker import PercentFormatter
 
-    figure = new_figure(10.5, 4.8)
+    figure = new_figure(10.5, 5.0)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1))
     left.plot([0, 1], [0, 1], color=CONTROL, linestyle="--", linewidth=1, label="perfect")
     bins = len(next(iter(curves.values())).count)
@@ -57,17 +57,16 @@ def draw_reliability(curves: Mapping[str, Reliability], title: str, path: str) -
         full = curve.count > 0
         label = f"{name}: error {100 * curve.error:.1f} %"
         left.plot(curve.said[full], curve.true[full], marker="o", markersize=4, color=colour(place), label=label)
-        right.stairs(curve.count / max(1, curve.count.sum()), edges, color=colour(place), linewidth=1.6, label=name)
+        right.stairs(curve.count / max(1, curve.count.sum()), edges, color=colour(place), linewidth=1.6)
     left.set(xlabel="mean score of the bin", ylabel="share of positives", xlim=(0, 1), ylim=(0, 1))
     left.set_title("said and true", fontsize=10)
-    left.legend(fontsize=8, loc="upper left")
     right.set(xlabel="score", ylabel="share of the annotated pairs", xlim=(0, 1), yscale="log")
     right.set_title("how often it is said", fontsize=10)
-    right.legend(fontsize=8)
     for axis in (left, right):
         axis.xaxis.set_major_formatter(PercentFormatter(1.0))
         plain_axes(axis)
     left.yaxis.set_major_formatter(PercentFormatter(1.0))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)
     save(figure, path)
 
