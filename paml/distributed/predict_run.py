@@ -34,9 +34,10 @@ class PredictSettings:
     ray: bool | None = None
     """With `images`: as tasks on a Ray cluster; null does so where there is one (RAY_ADDRESS, ray job submit)."""
     cpus_per_task: int | None = None
-    """CPUs (threads) of a task; null takes 1 on a cluster, more where there are few parts, and all CPUs here."""
-    gpus_per_task: float = 0.0
-    """GPUs of a task on a cluster; 0.5 puts two tasks on one GPU."""
+    """CPUs (threads) of a task; null takes all CPUs here, and on a cluster those that belong to its GPUs, else 1 (more
+    where there are few parts)."""
+    gpus_per_task: float | None = None
+    """GPUs of a task on a cluster; 0.5 puts two tasks on one, 0 computes on CPUs; null takes 1 where there are any."""
     retries: int = 3
     """Times that a failed part is tried again."""
 
@@ -55,8 +56,9 @@ class PredictSettings:
         if self.cpus_per_task is not None and self.cpus_per_task < 1:
             raise SettingsError(f"cpus_per_task is {self.cpus_per_task}; it must be at least 1")
         for name in ("gpus_per_task", "retries"):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 0")
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise SettingsError(f"{name} is {value}; it must be at least 0")
 
 
 def run_prediction(settings: PredictSettings) -> int:
@@ -90,12 +92,16 @@ def run_prediction(settings: PredictSettings) -> int:
 def _many(settings: PredictSettings, use_ray: bool) -> None:
     assert settings.images is not None
     assert settings.out is not None
+    device, tasks = None, LocalTasks(settings.cpus_per_task, retries=settings.retries)
+    if use_ray:
+        device, tasks = _ray_tasks(settings)
     done = predict_images(
         settings.model,
         settings.images,
         settings.out,
         settings.bulk,
-        tasks=_ray_tasks(settings) if use_ray else LocalTasks(settings.cpus_per_task, retries=settings.retries),
+        device=device,
+        tasks=tasks,
         say=lambda line: print(line, flush=True),
     )
     print(f"{done.images:,} images scored in {storage.join(settings.out, 'scores')}", flush=True)
@@ -103,16 +109,24 @@ def _many(settings: PredictSettings, use_ray: bool) -> None:
         print(f"{done.rejected:,} could not be used: {storage.join(settings.out, 'rejects.csv')}", flush=True)
 
 
-def _ray_tasks(settings: PredictSettings) -> Tasks:
+def _ray_tasks(settings: PredictSettings) -> tuple[str, Tasks]:
+    """(device of the tasks, their runner). Raises SettingsError where nodes do not share what the tasks read."""
+    import ray
+
     from paml.distributed.prepare_ray import RayTasks, refuse_unshared
 
     refuse_unshared(settings.out or "")
-    for folder in (settings.images or "", settings.model):
+    for folder in (settings.images or "", settings.model.partition("@")[0]):
         if os.path.isdir(folder):
             refuse_unshared(folder)
-    return RayTasks(
-        cpus_per_task=settings.cpus_per_task, gpus_per_task=settings.gpus_per_task, retries=settings.retries
-    )
+    held = ray.cluster_resources()
+    gpus = settings.gpus_per_task
+    if gpus is None:
+        gpus = 1.0 if held.get("GPU", 0) else 0.0
+    cpus = settings.cpus_per_task
+    if cpus is None and gpus:  # decoding takes more than one CPU a GPU
+        cpus = max(1, int(held.get("CPU", 1) * gpus / max(1.0, held.get("GPU", 1.0))))
+    return "cuda" if gpus else "cpu", RayTasks(cpus_per_task=cpus, gpus_per_task=gpus, retries=settings.retries)
 
 
 def at_absolute_paths(settings: PredictSettings, base: str) -> PredictSettings:

@@ -154,6 +154,8 @@ class BulkJob:
     settings: BulkSettings
     digest: str
     """Of the model."""
+    device: str
+    """Where the tasks compute."""
     mark: str
     """Digest of all that decides the rows; a part of another one is made anew."""
 
@@ -168,29 +170,33 @@ def predict_images(
     out: str,
     settings: BulkSettings,
     *,
+    device: str | None = None,
     tasks: Tasks | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Score all images of `source` into `out` with the model that `open_predictor` opens.
 
+    `device`: where the tasks compute; by default on the GPU of this process, if it has one, else on the CPU.
     Parts that are there already are kept, so that the same call goes on where an earlier one was stopped. Raises
     SettingsError where `out` holds another prediction, DataError where the source has no image or none of them can be
     used, PartsFailed with the parts that failed once all others are done, StorageError.
     """
     global _held
     storage.ensure_writable(out)
-    if _device().type == "cpu":
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
         keep_memory()
-    predictor = open_predictor(model, device=_device(), precision=settings.precision)
+    predictor = open_predictor(model, precision=settings.precision)
     if settings.top is not None and settings.top > len(predictor.facts.classes):
         raise SettingsError(
             f"bulk.top is {settings.top}; the model has {len(predictor.facts.classes)} classes: take fewer, or null"
         )
     about = _about(predictor, source, settings)
     mark = mark_of([json.dumps(about, sort_keys=True)])
-    job = BulkJob(predictor.source, out, settings, predictor.digest(), mark)
-    _held = (mark, predictor)
+    job = BulkJob(predictor.source, out, settings, predictor.digest(), device, mark)
+    if device == "cpu":
+        _held = (mark, predictor)
     parts = image_parts(source, settings)
     _claim(out, about, predictor)
     by_name = {part.name: part for part in parts}
@@ -442,14 +448,10 @@ def _opened(job: BulkJob) -> Predictor:
     global _held
     with _opening:
         if _held is None or _held[0] != job.mark:
-            if _device().type == "cpu":
+            if job.device == "cpu":
                 keep_memory()
-            predictor = open_predictor(job.model, device=_device(), precision=job.settings.precision)
+            predictor = open_predictor(job.model, device=job.device, precision=job.settings.precision)
             if predictor.digest() != job.digest:
                 raise DataError(f"the model {job.model} has changed since the prediction began: begin another --out")
             _held = (job.mark, predictor)
         return _held[1]
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

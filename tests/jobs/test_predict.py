@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.helpers.jobs import ROOT, Job, environment, kill
+from tests.helpers.jobs import ROOT, Job, environment, kill, prepare_scenes, tiny_options, train_job, write_scenes
 from tests.helpers.prepared import COUNTS, picture, prepare_tiny
 from tests.predict.conftest import calibrated, trained  # noqa: F401  (fixtures)
 
@@ -87,3 +87,38 @@ def test_killed_and_started_again_it_gives_the_unbroken_scores(trained: str, tmp
         assert job.wait() == 0, job.output
     assert len(scores(out)) == 400
     assert scores(out) == scores(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_trained_model_is_registered_calibrated_and_gives_its_scores_from_the_registry(tmp_path: Path) -> None:
+    data = prepare_scenes(write_scenes(tmp_path / "scenes", train=60, others=20), tmp_path / "data")
+    run = tmp_path / "runs" / "registered"
+    options = tiny_options(data, tmp_path / "runs", "registered", epochs=1, run__mlflow="true", run__register="digits")
+    with train_job(options, tmp_path / "job.log") as job:
+        assert job.wait() == 0, job.output
+    assert "is version 1 of digits" in job.output
+    assert "and the champion (there was no champion)" in job.output
+    done = call("calibrate.py", "--run", run)
+    assert done.returncode == 0, done.stderr
+    assert (run / "model" / "calibration.json").exists()
+    assert "MLflow: sqlite" in done.stdout
+    done = call("register.py", "--run", run, "--name", "digits")
+    assert done.returncode == 0, done.stderr
+    assert "version 2 of digits" in done.stdout  # a calibration makes it another model, as good as the champion
+    assert "not the champion" in done.stdout
+
+    import mlflow
+    import pandas
+
+    from paml.predict.predictor import open_predictor
+
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    loaded = mlflow.pyfunc.load_model("models:/digits@candidate")
+    image = (next((tmp_path / "scenes" / "images" / "test").glob("*.jpg"))).read_bytes()
+    (answer,) = loaded.predict(pandas.DataFrame({"image": [image]}), params={"top": 3})
+    predictor = open_predictor(str(run))
+    assert predictor.calibration is not None
+    found = predictor.top(predictor.predict(predictor.decode(image)[None]).scores_BK[0], 3)
+    assert [entry["class"] for entry in answer] == [one.mid for one in found]
+    assert [entry["score"] for entry in answer] == pytest.approx([one.score for one in found], abs=1e-5)

@@ -129,8 +129,8 @@ class Breaks(LocalTasks):
         self.after = after
 
     def run(self, work, job, tasks, done):
-        results = [super().run(work, job, [task], done)[0] for task in tasks[: self.after]]
-        raise KeyboardInterrupt(results)
+        super().run(work, job, tasks[: self.after], done)
+        raise KeyboardInterrupt
 
 
 def test_a_stopped_job_goes_on_and_writes_no_part_twice(trained: str, prepared: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_stopped_job_goes_on_and_writes_no_part_twice(trained: str, prepared: 
     done = predict(trained, source, out, say=said.append)
     assert done.images == COUNTS["train"]
     assert done.found == 1
-    assert "1 of 5 parts are done (10 images)" in said[0]
+    assert "1 of 5 parts are done" in said[0]
     untouched = next(name for name in sorted(first) if name != cut.name)
     assert (out / "scores" / untouched).stat().st_mtime_ns == first[untouched]
     predict(trained, source, tmp_path / "unbroken")

@@ -6,10 +6,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from paml.data.decode import decode_rgb
 from paml.errors import SettingsError
+from paml.models import CamClassifier
+from paml.models.inference import Inference
 from paml.predict import export as exporting
-from paml.predict.export import ExportError, ExportSettings, difference, export, run_onnx, run_program, write_program
+from paml.predict.export import (
+    ExportError,
+    ExportSettings,
+    difference,
+    export,
+    run_onnx,
+    run_program,
+    write_onnx,
+    write_program,
+)
 from paml.predict.predictor import open_predictor
 from tests.helpers.prepared import CLASSES, SIZE, picture
 
@@ -17,12 +30,8 @@ BATCHES = (1, 2, 7)
 
 
 def pictures(count: int) -> np.ndarray:
-    predictor_size = np.stack([np.zeros((SIZE, SIZE, 3), np.uint8)] * count)
-    from paml.data.decode import decode_into
-
-    for number in range(count):
-        decode_into(picture("test", number), predictor_size[number])
-    return predictor_size
+    """uint8 [count, S, S, 3]."""
+    return np.stack([decode_rgb(picture("test", number)) for number in range(count)])
 
 
 def agrees(model: str, run, path: str, *, maps: bool) -> None:
@@ -38,6 +47,24 @@ def agrees(model: str, run, path: str, *, maps: bool) -> None:
             np.testing.assert_allclose(one, other, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("write", "run"), [(write_onnx, run_onnx), (write_program, run_program)])
+def test_boost_calibration_and_any_batch_size_are_in_the_file(write, run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = CamClassifier(nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU()), 8, 5)
+    own = {"mean": (0.5,) * 3, "std": (0.2,) * 3, "slope": [1, 2, 3, 4, 5], "offset": [1, 0, -1, -2, -3]}
+    module = Inference(network, alpha=5.0, with_maps=True, **own)
+    write(module, SIZE, str(tmp_path / "file"))
+    assert difference(module, SIZE, lambda images: run(str(tmp_path / "file"), images)) < 1e-4
+    logits, scores, maps = run(str(tmp_path / "file"), pictures(7))
+    np.testing.assert_allclose(maps.mean((2, 3)), logits, atol=1e-5)
+    expected = 1 / (1 + np.exp(-(np.array(own["slope"]) * logits + np.array(own["offset"]))))
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    raw = network.maps((torch.from_numpy(pictures(7)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.2).detach().numpy()
+    assert (raw > 0).any()
+    np.testing.assert_allclose(maps, np.where(raw > 0, 5 * raw, raw), atol=1e-4)
+
+
+@pytest.mark.slow
 def test_programs_of_torch_give_the_checkpoints_scores_with_and_without_maps(
     calibrated: tuple[str, list[str]], tmp_path: Path
 ) -> None:
@@ -73,7 +100,6 @@ def test_onnx_files_give_the_checkpoints_scores_with_and_without_maps(
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
 def test_the_usual_networks_can_be_exported(backbone: str, tmp_path: Path) -> None:
     from paml.models import ModelSettings, build_model
-    from paml.predict.export import write_onnx
     from paml.predict.predictor import ModelFacts, Predictor
 
     settings = ModelSettings(backbone=backbone, weights=None, output_stride=16)
@@ -85,6 +111,7 @@ def test_the_usual_networks_can_be_exported(backbone: str, tmp_path: Path) -> No
     assert difference(module, 64, lambda images: run_program(str(tmp_path / "model.pt2"), images)) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_is_refused_and_not_written(
     trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
