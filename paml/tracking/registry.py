@@ -54,7 +54,7 @@ def register_model(run_folder: str, name: str, score: TestScore, tracking_uri: s
     with own_calls(_TIMEOUT_S):
         client = connect(report.tracking_uri)
         model = _newest_model(client, report.run_id, run_folder)
-        version = _version(client, name, model, report.run_id, score)
+        version = str(_version(client, name, model, report.run_id, score))
         client.set_registered_model_alias(name, CANDIDATE, version)
         champion, why = _beats_champion(client, name, version, score)
         if champion:
