@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
@@ -22,7 +23,7 @@ class ImageClassifier(PythonModel):
 
         self.predictor = open_predictor(context.artifacts["model"])
 
-    def predict(self, context, model_input, params: dict[str, Any] | None = None) -> Any:
+    def predict(self, context, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
         """Raises ValueError, which names its row, for a picture that cannot be decoded."""
         from paml.data.decode import UndecodableError
 
