@@ -50,9 +50,12 @@ class Counter:
 class RayTasks:
     """Runs tasks on the cluster that this process has joined (`cluster.join`)."""
 
-    def __init__(self, *, cpus_per_task: int | None = None, retries: int = 3) -> None:
-        """`cpus_per_task`: by default 1, and up to MAX_CPUS_PER_TASK where there are fewer tasks than CPUs."""
-        self._cpus, self._retries = cpus_per_task, retries
+    def __init__(self, *, cpus_per_task: int | None = None, gpus_per_task: float = 0.0, retries: int = 3) -> None:
+        """`cpus_per_task`: by default 1, and up to MAX_CPUS_PER_TASK where there are fewer tasks than CPUs.
+
+        `gpus_per_task`: 0 for none; a share where several tasks are to use one.
+        """
+        self._cpus, self._gpus, self._retries = cpus_per_task, gpus_per_task, retries
         self._counter: Any = None
 
     @property
@@ -70,7 +73,7 @@ class RayTasks:
         if self._counter is None:
             self._counter = _remote(Counter, num_cpus=0, max_restarts=-1).remote()
         self._counter.reset.remote()
-        loop = _Loop(work, job, tasks, done, self._cpus, self._retries, self._counter)
+        loop = _Loop(work, job, tasks, done, self._cpus, self._gpus, self._retries, self._counter)
         outcome: Future[tuple[list[Any], list[Failure]]] = Future()
 
         def speak() -> None:
@@ -97,11 +100,12 @@ class _Loop:
         tasks: Sequence[tuple[str, Any]],
         done: Done,
         cpus: int | None,
+        gpus: float,
         retries: int,
         counter: Any,
     ) -> None:
         self._work, self._tasks, self._done, self._retries = work, tasks, done, retries
-        self._cpus_wanted = cpus
+        self._cpus_wanted, self._gpus = cpus, gpus
         self._job, self._environment = ray.put(job), ray.put(cluster.storage_environment())
         self._counter = counter
         self._waiting = deque((name, task, 1, 0.0) for name, task in tasks)
@@ -179,16 +183,22 @@ class _Loop:
         cpus = self._cpus_wanted or min(MAX_CPUS_PER_TASK, max(1, total // max(1, len(self._tasks))))
         self._cpus = min(cpus, most)
         memory = min(self._memory_of(self._cpus), _MEMORY_SHARE * max(node.get("memory", 0.0) for node in nodes))
-        slots = max(1, sum(int(node["CPU"]) // self._cpus for node in nodes))
+        slots = max(1, sum(self._places(node) for node in nodes))
         self._limit = slots + max(1, slots // 4)
         self._remote = _remote(
             _task,
             num_cpus=self._cpus,
+            num_gpus=self._gpus,
             memory=int(memory),
             max_retries=0,
             runtime_env=cluster.task_environment(),
             name=getattr(self._work, "__name__", "task"),
         )
+
+    def _places(self, node: dict[str, float]) -> int:
+        """Tasks that a node can run at once."""
+        by_cpu = int(node["CPU"]) // self._cpus
+        return min(by_cpu, int(node.get("GPU", 0) / self._gpus)) if self._gpus else by_cpu
 
 
 def _remote(function: Any, **options: Any) -> Any:

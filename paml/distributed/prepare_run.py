@@ -24,8 +24,8 @@ def run_preparation(settings: PrepareSettings) -> int:
     settings = at_absolute_paths(settings, cluster.base_folder())
     use_ray = cluster.is_at_hand() if settings.ray is None else settings.ray
     if use_ray:
-        cluster.join()  # before _stopping: ray.init takes the signals for itself
-    with _stopping():
+        cluster.join()  # before stopping: ray.init takes the signals for itself
+    with stopping():
         try:
             if settings.plan:
                 plan(settings, cpus=planned_cpus(settings.prices, _cpus_at_hand(use_ray)), say=_say)
@@ -80,7 +80,7 @@ def at_absolute_paths(settings: PrepareSettings, base: str) -> PrepareSettings:
 
 
 @contextlib.contextmanager
-def _stopping() -> Iterator[None]:
+def stopping() -> Iterator[None]:
     """SIGTERM and Ctrl-C become Stopped; a second one does not."""
     handlers: dict[int, Callable | int | None] = {}
 

@@ -22,12 +22,15 @@ from paml.distributed import cluster
 from paml.errors import SettingsError, Stopped
 from paml.explain.panel import PanelRow, draw_map_panel
 from paml.metrics import Scores, score_table, write_per_class
+from paml.predict.predictor import ModelFacts, write_model_folder
+from paml.predict.register import RegisterSettings, register_run
 from paml.tracking import Journal, MlflowFollower, SystemSampler
 from paml.tracking.figures import rejected_by_epoch_figure
 from paml.tracking.model import final_model
-from paml.training.checkpoint import committed, read_checkpoint
+from paml.training.checkpoint import committed
 from paml.training.data import RunData, Split, open_data
 from paml.training.loop import Result, Watcher, pairs_path, run_folder_of, terminal_bar, train
+from paml.training.score_run import load_model
 from paml.training.settings import TrainSettings, at_absolute_paths, flatten, refuse_other_settings
 from paml.training.watched import kept_maps, watched_labels
 from paml.training.world import World
@@ -46,6 +49,12 @@ def run_training(settings: TrainSettings) -> int:
     follower = train_run(settings)
     if follower is not None:
         print(f"MLflow: {follower.tracking_uri}, experiment {settings.run.experiment}, run {follower.run_id}")
+    if settings.run.register is not None:
+        register = RegisterSettings(run=run_folder_of(settings), name=settings.run.register)
+        if follower is None:
+            print(f"not registered, since MLflow is away; later: {register.command}", flush=True)
+        else:
+            register_run(dataclasses.replace(register, tracking_uri=follower.tracking_uri))
     return 0
 
 
@@ -262,18 +271,11 @@ def _finite(value: Any) -> Any:
 
 
 def _final_model(result: Result, settings: TrainSettings, data: RunData, run_folder: str, journal: Journal) -> None:
-    """The best epoch's scored weights, ready for inference, as a pickle-free MLflow model."""
-    from safetensors.torch import save
-
-    group = "averaged" if settings.optimiser.average else "weights"
-    best = read_checkpoint(run_folder, result.best[f"{settings.boost.eval:g}"]["checkpoint"], groups=(group,))
-    weights = storage.join(run_folder, "model", "weights.safetensors")
-    storage.write_bytes(weights, save(best.tensors[group]))
-    description = {
-        "model": dataclasses.asdict(settings.model),
-        "alpha": settings.boost.eval,
-        "classes": list(data.classes),
-        "names": list(data.names),
-        "image_size": data.image_size,
-    }
-    final_model(journal, weights=weights, description=description, num_classes=len(data.classes))
+    """The best epoch's scored weights, ready for inference: a model folder, and a pickle-free MLflow model of it."""
+    alpha = settings.boost.eval
+    best = result.best[f"{alpha:g}"]["checkpoint"]
+    network = load_model(run_folder, settings, best)
+    facts = ModelFacts(settings.model, alpha, data.classes, data.names, data.image_size, settings.run.name, best)
+    folder = storage.join(run_folder, "model")
+    write_model_folder(folder, network, facts, None)
+    final_model(journal, model=folder)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,10 @@ from paml.models.boost import boost_lu
 from paml.models.cam import pool_logits
 from paml.shards.reader import ShardReader
 from paml.training.data import Split
+
+COLOURS = "coolwarm"
+OPACITY = 0.6
+"""Of a map over its picture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,23 +75,40 @@ def choose_labels(worth: np.ndarray, cls: np.ndarray, count: int) -> list[int]:
     return (first + again)[:count]
 
 
+def limit_of(maps: Sequence[np.ndarray]) -> float:
+    """The end of one scale of colours for several maps: their largest absolute value."""
+    return max(1e-6, max(float(np.abs(scores).max()) for scores in maps))
+
+
+def draw_map(axis: Any, pixels: np.ndarray, scores: np.ndarray, limit: float) -> None:
+    """A map, float [h, w], laid over its picture, uint8 [H, W, 3]; colours range from -limit to limit."""
+    height, width = pixels.shape[:2]
+    axis.imshow(pixels)
+    axis.imshow(
+        scores,
+        alpha=OPACITY,
+        interpolation="bilinear",
+        cmap=COLOURS,
+        vmin=-limit,
+        vmax=limit,
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+    )
+
+
 def _draw_rows(figure, titles: Sequence[str], rows: Sequence[PanelRow]) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
     axes = figure.subplots(len(rows), len(titles) + 1, squeeze=False)
     for place, (line, row) in enumerate(zip(axes, rows, strict=True)):
-        limit = max(1e-6, max(float(np.abs(scores).max()) for scores, _ in row.maps))
+        limit = limit_of([scores for scores, _ in row.maps])
         line[0].imshow(row.pixels)
         line[0].set_title(row.name, fontsize=10)
-        height, width = row.pixels.shape[:2]
-        look = {"cmap": "coolwarm", "vmin": -limit, "vmax": limit, "extent": (-0.5, width - 0.5, height - 0.5, -0.5)}
         for axis, title, (scores, logit) in zip(line[1:], titles, row.maps, strict=True):
-            axis.imshow(row.pixels)
-            axis.imshow(scores, alpha=0.6, interpolation="bilinear", **look)
+            draw_map(axis, row.pixels, scores, limit)
             score = f"p = {1 / (1 + np.exp(-logit)):.2f}"
             axis.set_title(f"{title}\n{score}" if place == 0 else score, fontsize=10)
-        figure.colorbar(ScalarMappable(Normalize(-limit, limit), "coolwarm"), ax=list(line), shrink=0.8)
+        figure.colorbar(ScalarMappable(Normalize(-limit, limit), COLOURS), ax=list(line), shrink=0.8)
         for axis in line:
             axis.set_xticks([])
             axis.set_yticks([])

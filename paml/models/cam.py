@@ -1,12 +1,7 @@
 """The CAM classifier: logits are the averages of boosted class activation maps (Kim et al., CVPR 2023, eq. 2-5)."""
 
 import dataclasses
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -146,29 +141,3 @@ def set_training(model: CamClassifier, settings: ModelSettings, *, head_only: bo
 def head_parameters(model: CamClassifier) -> list[nn.Parameter]:
     """The parameters that learn at the head's rate."""
     return list(model.head.parameters())
-
-
-def load_for_inference(folder: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """`folder` holds weights.safetensors and model.json (model: ModelSettings, alpha, classes).
-
-    A function from uint8 images [N, H, W, 3] (any side; 448 as trained, say) to probabilities float32 [N, K]."""
-    from safetensors.torch import load_file
-
-    from paml.data.device import Normaliser
-
-    folder = Path(folder)
-    described = json.loads((folder / "model.json").read_text())
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in described["model"].items()}
-    settings = dataclasses.replace(ModelSettings(**fields), weights=None)
-    model = build_model(settings, len(described["classes"]))
-    model.load_state_dict(load_file(folder / "weights.safetensors"))
-    model.eval()
-    normalise = Normaliser(settings.pixel_mean, settings.pixel_std, torch.device("cpu"))
-
-    def predict(images: np.ndarray) -> np.ndarray:
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"images are {images.dtype} {images.shape}; uint8 [N, H, W, 3] is needed")
-        with torch.inference_mode():
-            return model(normalise(torch.from_numpy(images)), described["alpha"]).sigmoid().numpy()
-
-    return predict

@@ -63,7 +63,7 @@ class MlflowView:
     def attach(self, identity: Event) -> None:
         """Finds the run in MLflow, or creates it, and asks what it holds."""
         with own_calls(self._request_timeout_s):
-            client = self._client = self._client or _connect(self.tracking_uri)
+            client = self._client = self._client or connect(self.tracking_uri)
             run = self._find(client, identity) or self._create(client, identity)
             self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
             self._metrics, self._metric_keys = {}, set(run.data.metrics)
@@ -372,7 +372,8 @@ def _artifact_location(tracking_uri: str, experiment: str) -> str | None:
     return (folder / experiment.replace("/", "_")).as_uri()
 
 
-def _connect(tracking_uri: str) -> MlflowClient:
+def connect(tracking_uri: str) -> MlflowClient:
+    """A client of a server or store; a SQLite file is made first where there is none."""
     from mlflow import MlflowClient
 
     if not tracking_uri.startswith("sqlite:"):

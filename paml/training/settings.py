@@ -54,10 +54,17 @@ class TrackingSettings:
     """Mirror the journal into MLflow (MLFLOW_TRACKING_URI, else SQLite below `storage`)."""
     system_seconds: float = 10.0
     """Seconds between samples of CPU, memory and GPU; 0 for none."""
+    register: str | None = None
+    """Name in MLflow's model registry: the final model becomes its `candidate`, and its `champion` where there is none
+    or where it beats it on the same test; null registers nothing. jobs/register.py does so later."""
 
     def __post_init__(self) -> None:
         if not self.name or any(sign in self.name for sign in "/\\ \t\n"):
             raise SettingsError(f"run.name is {self.name!r}; it names a folder: no blanks, no slashes")
+        if self.register is not None and not self.mlflow:
+            raise SettingsError(
+                "run.register needs MLflow: set run.mlflow to true, or register later (jobs/register.py)"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

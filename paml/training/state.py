@@ -93,11 +93,16 @@ class TrainState:
 
 def autocast_type(settings: TrainSettings, device: torch.device) -> torch.dtype | None:
     """The type to compute in, or None for float32."""
-    if settings.precision == "auto":
+    return autocast_of(settings.precision, device)
+
+
+def autocast_of(precision: str, device: torch.device) -> torch.dtype | None:
+    """The type that auto, bf16, fp16 or fp32 computes in on a device, or None for float32."""
+    if precision == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
         return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[settings.precision]
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
 
 def new_state(

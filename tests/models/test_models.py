@@ -1,7 +1,6 @@
 """The CAM network: boost and its gradient, map sizes, weights from files, what stays frozen."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from paml.errors import SettingsError
-from paml.models import BoostSettings, CamClassifier, ModelSettings, boost_lu, build_model, load_for_inference
+from paml.models import BoostSettings, CamClassifier, ModelSettings, boost_lu, build_model
 from paml.models.backbones import build_backbone
 from paml.models.cam import head_parameters, pool_logits, set_training
+from paml.models.inference import Inference
 
 IMAGES = torch.linspace(-1, 1, 4 * 3 * 64 * 64).view(4, 3, 64, 64)
 
@@ -317,23 +317,21 @@ def test_the_network_lies_channels_last_in_memory() -> None:
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_saved_model_predicts_what_the_network_does(tmp_path: Path) -> None:
+def test_inference_normalises_boosts_and_calibrates_as_its_parts_do() -> None:
     settings = tiny(pixel_mean=(0.1, 0.2, 0.3))
     model = build_model(settings, 3, seed=9).eval()
-    save_file(
-        {name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / "weights.safetensors"
-    )
-    described = {"model": vars(settings) | {"weights": "gone.pth"}, "alpha": 5.0, "classes": ["a", "b", "c"]}
-    (tmp_path / "model.json").write_text(json.dumps(described))
-    predict = load_for_inference(tmp_path)
-    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8))
     mean, std = torch.tensor(settings.pixel_mean), torch.tensor(settings.pixel_std)
+    own = {"mean": settings.pixel_mean, "std": settings.pixel_std, "alpha": 5.0}
     with torch.no_grad():
-        pixels = ((torch.from_numpy(images) / 255 - mean) / std).permute(0, 3, 1, 2)
-        wanted = model(pixels, 5.0).sigmoid().numpy()
-    np.testing.assert_allclose(predict(images), wanted, atol=1e-5)
-    with pytest.raises(ValueError, match="float64"):
-        predict(images / 255.0)
+        wanted = model(((images / 255 - mean) / std).permute(0, 3, 1, 2), 5.0)
+        logits, scores = Inference(model, **own)(images)
+        _, calibrated, maps = Inference(model, **own, slope=[1, 2, 3], offset=[0, 1, -1], with_maps=True)(images)
+    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores, logits.sigmoid())
+    slope, offset = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 1.0, -1.0])
+    torch.testing.assert_close(calibrated, (slope * logits + offset).sigmoid())
+    torch.testing.assert_close(maps.mean((2, 3)), logits)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

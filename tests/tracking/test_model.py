@@ -1,36 +1,52 @@
-import dataclasses
+import base64
+import io
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
-import textwrap
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from PIL import Image
 
+from paml.metrics.calibration import CalibrationSettings, calibrate
+from paml.models import ModelSettings, build_model
+from paml.predict.predictor import ModelFacts, open_predictor, write_model_folder
 from paml.tracking import Journal, MlflowFollower
 from paml.tracking.model import final_model, save_model
+from tests.helpers.prepared import picture
 
 from .conftest import differences
 
-
-@pytest.fixture
-def weights(tmp_path):
-    path = tmp_path / "weights.safetensors"
-    save_file({"head.bias": np.arange(3, dtype=np.float32)}, path)
-    return str(path)
+CLASSES, NAMES = ("/m/a", "/m/b", "/m/c"), ("Cat", "Dog", "Cat")
 
 
-def test_the_model_is_logged_once_without_a_pickle(run_folder, weights, server, tmp_path, capfd):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A calibrated model folder."""
+    folder = str(tmp_path_factory.mktemp("model"))
+    settings = ModelSettings(backbone="shufflenet_v2_x0_5", feature_layer="stage3", weights=None, output_stride=8)
+    rng = np.random.default_rng(0)
+    cls, logit = rng.integers(0, 3, 600), rng.normal(size=600)
+    made = calibrate(cls, logit, rng.random(600) < 1 / (1 + np.exp(1 - logit)), 3, CalibrationSettings(precision=0.5))
+    network = build_model(settings, 3, seed=4)
+    write_model_folder(folder, network, ModelFacts(settings, 2.0, CLASSES, NAMES, 48), made)
+    return folder
+
+
+def test_the_model_is_logged_once_without_a_pickle(run_folder, model, server, capfd):
     import mlflow
     import yaml
 
     journal = Journal(run_folder, "driver")
     journal.run(experiment="models", name="m")
-    final_model(
-        journal, weights=weights, description={"model": {"backbone": "resnet18"}, "path": tmp_path}, num_classes=3
-    )
+    final_model(journal, model=model)
     journal.status("FINISHED")
     for _ in range(2):
         follower = MlflowFollower(run_folder, server.uri, poll_s=0.1)
@@ -45,59 +61,97 @@ def test_the_model_is_logged_once_without_a_pickle(run_folder, weights, server, 
     folder = Path(mlflow.artifacts.download_artifacts(location, tracking_uri=server.uri))
     names = [path.name for path in folder.rglob("*") if path.is_file()]
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".pyc"))]
-    assert (folder / "artifacts/model/weights.safetensors").read_bytes() == Path(weights).read_bytes()
-    held = json.loads((folder / "artifacts/model/model.json").read_text())
-    assert held == {"model": {"backbone": "resnet18"}, "path": str(tmp_path)}
+    assert open_predictor(str(folder)).digest() == open_predictor(model).digest()
     assert (folder / "code/paml/__init__.py").exists()
     content = yaml.safe_load((folder / "MLmodel").read_text())
     assert (content["run_id"], content["model_id"]) == (run.info.run_id, output.model_id)
     requirements = (folder / "requirements.txt").read_text().splitlines()
     assert any(line.startswith("torch==") and "+" not in line for line in requirements)
     (inputs,) = json.loads(content["signature"]["inputs"])
-    assert inputs["tensor-spec"] == {"dtype": "uint8", "shape": [-1, -1, -1, 3]}
-    (outputs,) = json.loads(content["signature"]["outputs"])
-    assert outputs["tensor-spec"] == {"dtype": "float32", "shape": [-1, 3]}
+    assert (inputs["name"], inputs["type"]) == ("image", "binary")
+    assert {entry["name"] for entry in json.loads(content["signature"]["params"])} == {"top", "maps"}
+    assert (folder / "input_example.json").exists()
+
+
+def expected(model: str, data: bytes, top: int) -> list[dict]:
+    predictor = open_predictor(model)
+    found = predictor.top(predictor.predict(predictor.decode(data)[None]).scores_BK[0], top)
+    return [{"class": one.mid, "name": one.name, "score": one.score} for one in found]
 
 
 @pytest.mark.slow
-def test_the_model_loaded_elsewhere_scores_as_paml_does_here(tmp_path):
-    import torch
-    from safetensors.torch import save_file as save_tensors
-
-    from paml.models import ModelSettings, build_model, load_for_inference
-
-    settings = ModelSettings(backbone="resnet18", weights=None)
-    folder = tmp_path / "here"
-    folder.mkdir()
-    state = {key: value.contiguous() for key, value in build_model(settings, 3, seed=4).state_dict().items()}
-    save_tensors(state, folder / "weights.safetensors")
-    described = {"model": dataclasses.asdict(settings), "classes": ["a", "b", "c"], "alpha": 2.0}
+def test_the_served_model_answers_over_http_as_the_checkpoint_does(model, tmp_path):
     out = tmp_path / "out"
-    save_model(str(out), weights=str(folder / "weights.safetensors"), description=described, num_classes=3)
-    (folder / "model.json").write_text((out / "artifacts/model/model.json").read_text())
-    images = np.random.default_rng(0).integers(0, 256, (2, 96, 64, 3), dtype=np.uint8)
-    np.save(tmp_path / "images.npy", images)
-    script = """
-        import sys
-        import mlflow, numpy
-        model = mlflow.pyfunc.load_model(sys.argv[1])
-        numpy.save(sys.argv[3], model.predict(numpy.load(sys.argv[2])))
-        import paml
-        print(paml.__file__)
-    """
-    arguments = [str(out), str(tmp_path / "images.npy"), str(tmp_path / "scores.npy")]
-    process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.strip() == str(out / "code/paml/__init__.py")
-    torch.set_num_threads(1)
-    scores = np.load(tmp_path / "scores.npy")
-    assert scores.dtype == np.float32
-    np.testing.assert_allclose(scores, load_for_inference(folder)(images), rtol=0, atol=1e-6)
+    save_model(str(out), model=model)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["-m", "mlflow", "models", "serve", "-m", str(out), "--env-manager", "local", "-p", str(port), "-w", "1"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    with (tmp_path / "serve.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=environment | {"PATH": path, "MLFLOW_DISABLE_TELEMETRY": "true"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+    def call(body: dict) -> list[list[dict]]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())["predictions"]
+
+    try:
+        end = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None
+                assert time.monotonic() < end, (tmp_path / "serve.log").read_text()[-3000:]
+                time.sleep(0.2)
+        images = [picture("test", number, 60 + number) for number in range(2)]
+        coded = [base64.b64encode(image).decode() for image in images]
+        answers = call({"dataframe_records": [{"image": image} for image in coded], "params": {"top": 2}})
+        for answer, image in zip(answers, images, strict=True):
+            assert [set(entry) for entry in answer] == [{"class", "name", "score", "above_threshold"}] * 2
+            for entry, own in zip(answer, expected(model, image, 2), strict=True):
+                assert (entry["class"], entry["name"]) == (own["class"], own["name"])
+                assert entry["score"] == pytest.approx(own["score"], abs=1e-5)
+        (answer,) = call({"inputs": {"image": coded[:1]}, "params": {"maps": True, "top": 3}})
+        assert [entry["score"] for entry in answer[:2]] == [entry["score"] for entry in answers[0]]
+        drawn = [Image.open(io.BytesIO(base64.b64decode(entry["map"]))) for entry in answer]
+        assert [(picture.format, picture.size) for picture in drawn] == [("PNG", (48, 48))] * 3
+        assert (np.asarray(drawn[0]) != np.asarray(drawn[2])).any()
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            call({"dataframe_records": [{"image": base64.b64encode(b"no picture").decode()}]})
+        assert refused.value.code == 400
+        assert "image 0 cannot be read as a picture" in refused.value.read().decode()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_the_model_loaded_here_takes_bytes(model, tmp_path):
+    import mlflow
+    import pandas
+
+    save_model(str(tmp_path / "out"), model=model, requirements=["torch"])
+    assert (tmp_path / "out" / "requirements.txt").read_text().splitlines()[-1] == "torch"
+    loaded = mlflow.pyfunc.load_model(str(tmp_path / "out"))
+    image = picture("test", 3, 50)
+    (answer,) = loaded.predict(pandas.DataFrame({"image": [image]}), params={"top": 3})
+    for entry, own in zip(answer, expected(model, image, 3), strict=True):
+        assert entry["class"] == own["class"]
+        assert entry["score"] == pytest.approx(own["score"], abs=1e-5)
+    with pytest.raises(ValueError, match="top is 0"):
+        loaded.predict(pandas.DataFrame({"image": [image]}), params={"top": 0})
 
 
 def test_a_folder_that_is_no_model_is_refused(run_folder, tmp_path):
@@ -107,11 +161,9 @@ def test_a_folder_that_is_no_model_is_refused(run_folder, tmp_path):
         Journal(run_folder, "driver").model(str(tmp_path / "x"))
 
 
-def test_saving_changes_no_setting_of_the_process(weights, tmp_path):
+def test_saving_changes_no_setting_of_the_process(model, tmp_path):
     import logging
-    import os
 
     before = dict(os.environ), logging.getLogger("mlflow").level
-    save_model(str(tmp_path / "out"), weights=weights, description={}, num_classes=3, requirements=["torch"])
+    save_model(str(tmp_path / "out"), model=model, requirements=["torch"])
     assert (dict(os.environ), logging.getLogger("mlflow").level) == before
-    assert (tmp_path / "out" / "requirements.txt").read_text().splitlines()[-1] == "torch"

@@ -1,0 +1,1 @@
+"""Use of trained models: predict, export, calibrate. No Ray here."""
