@@ -38,6 +38,8 @@ class BestOfClasses:
     def add(self, place_B: np.ndarray, scores_BK: np.ndarray, allowed_BK: np.ndarray) -> None:
         """Take in the scores of a batch, float32 [B, K], for the pairs that are allowed, bool [B, K]; places int64 [B],
         in any order."""
+        if self.keep == 0:
+            return
         image, cls = np.nonzero(allowed_BK & (scores_BK >= self._least))
         self._parts.append(Labels(place_B[image], cls.astype(np.int32), scores_BK[image, cls]))
         self._waiting += len(cls)
@@ -56,7 +58,7 @@ class BestOfClasses:
         starts = np.searchsorted(cls, np.arange(self.num_classes + 1))
         counts = np.diff(starts)
         kept = np.arange(len(cls)) - starts[cls] < self.keep
-        full = np.flatnonzero(counts >= self.keep)
+        full = np.flatnonzero(counts >= max(1, self.keep))
         self._least[full] = score[starts[full] + self.keep - 1]
         labels = Labels(place[kept], cls[kept], score[kept])
         self._parts, self._waiting = [labels], 0
