@@ -1,7 +1,7 @@
 """Find the labels to look at again: unobserved ones that are likely positive, observed ones that are likely wrong.
 
-Writes finds.parquet, finds.csv (as Open Images has machine labels) and page.html, where a person answers yes, no or skip
-and exports annotations-human.csv rows, which --verdicts of jobs/prepare_openimages.py merges into the label table. E.g.
+Writes finds.parquet, finds.csv (as Open Images has machine labels) and page.html, where a person answers yes, no or
+skip and exports annotations-human.csv rows, which --verdicts of jobs/prepare_openimages.py merges into the label table.
 
 python jobs/audit_labels.py --run runs/openimages-v3 --finds 1000 --out runs/audit
 """

@@ -16,6 +16,7 @@ from paml.data.decode import decode_rgb
 from paml.data.device import Normalise, Normaliser
 from paml.errors import DataError, SettingsError
 from paml.explain.runs import parse_run
+from paml.labels.states import POSITIVE, UNOBSERVED
 from paml.losses import LOSSES, reject_rate
 from paml.models.boost import boost_lu
 from paml.models.cam import CamClassifier
@@ -246,16 +247,19 @@ def gather_evidence(
 def _evidence(
     auditor: Auditor, split: Split, scored: Scored, scale: ClassScale, finds: Finds, logits: np.ndarray
 ) -> Evidence:
-    # The mean of a find lies above or below its class's middle; a checkpoint agrees that says the same by itself.
-    above = scale.scores(finds.cls[:, None], logits) > 0
-    agreement = (above == (scale.scores(finds.cls, finds.logit) > 0)[:, None]).mean(1)
+    own_scores = scale.scores(finds.cls[:, None], logits)
+    own_scores = np.where((finds.state == POSITIVE)[:, None], -own_scores, own_scores)
+    agreement = np.empty(len(finds))
+    for kind in np.unique(finds.kind):
+        these = finds.kind == kind
+        agreement[these] = (own_scores[these] >= finds.score[these].min()).mean(1)
     rejected = np.zeros(len(finds), np.int64)
     loss, rejects = auditor.settings.loss, LOSSES[auditor.settings.loss.name].rejects
     for place, epoch in enumerate(auditor.epochs):
         own = epoch - auditor.settings.linear_init.epochs
         rate = float(reject_rate(loss, own)) if rejects and own >= 1 else 0.0
         least = least_rejected_bin(scored.histograms[place], rate)
-        rejected += (finds.state < 0) & (bin_of(logits[:, place]) >= least)
+        rejected += (finds.state == UNOBSERVED) & (bin_of(logits[:, place]) >= least)
     corrected = np.zeros(len(finds), bool)
     trained = auditor.settings.data.train_split == split.name
     if LOSSES[loss.name].corrects and trained:
@@ -301,8 +305,8 @@ def _split(settings: AuditSettings, auditor: Auditor) -> tuple[Split, int]:
     heads = auditor.models[0].head.out_channels
     if heads != split.table.num_classes:
         raise SettingsError(
-            f"{split.table.path} has {split.table.num_classes} classes, the head of {auditor.folder} has {heads}: audit "
-            "tables of the classes that the run was trained on"
+            f"{split.table.path} has {split.table.num_classes} classes, the head of {auditor.folder} has {heads}: "
+            "audit tables of the classes that the run was trained on"
         )
     same_classes(train.table, split.table)
     return split, data.image_size or train.image_size

@@ -54,7 +54,7 @@ class Evidence:
     logits: np.ndarray
     """float32 [n, C]."""
     agreement: np.ndarray
-    """float64 [n], share of the checkpoints on whose side of the class's middle line the find's mean logit lies too."""
+    """float64 [n], share of the checkpoints that by themselves score the label as high as the last find of its kind."""
     rejected_in: np.ndarray
     """int64 [n], checkpoints at whose epoch's reject rate the label is among the rejected of the whole split."""
     corrected: np.ndarray

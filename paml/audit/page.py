@@ -1,7 +1,7 @@
 """One self-contained HTML page of the finds: photo, map, answers; it works from a file and asks no server.
 
-Everything that comes from elsewhere (keys, MIDs, names) stands in a JSON block in which no character can end the block,
-and the script puts it in as text. The page's policy allows its own script and style, by their digests, and nothing else.
+Everything that comes from elsewhere (keys, MIDs, names) stands in a JSON block that no character in it can end,
+and the script puts it in as text. The policy allows the own script and style, by their digests, and nothing else.
 """
 
 import base64

@@ -1,5 +1,6 @@
-"""One pass of one or more checkpoints over a split: the best unobserved labels, all observed ones, and what a class is
-normalised by. Axes: B images, K classes, C checkpoints.
+"""One pass of one or more checkpoints over a split: the best unobserved labels of each class, and all observed ones.
+
+Axes: B images, K classes, C checkpoints.
 """
 
 import dataclasses
@@ -38,15 +39,11 @@ class Scored:
 
     images: int
     """Images that were scored."""
+    num_classes: int
+    """K."""
     unobserved: Labels
     """The highest mean logits of each class, by class, then best score, then place."""
     observed: Observed
-    count: np.ndarray
-    """int64 [K], unobserved labels of each class."""
-    mean: np.ndarray
-    """float64 [K], of their mean logits; 0 where there are none."""
-    deviation: np.ndarray
-    """float64 [K], standard deviation of their mean logits; 0 where there are none."""
     histograms: np.ndarray
     """int64 [C, 65536], the unobserved logits of each checkpoint, in ascending bins (see `bin_of`)."""
 
@@ -85,9 +82,6 @@ def score_labels(
     whatever the number of images. Raises DataError for no image and for a logit that is no number.
     """
     best = BestOfClasses(num_classes, keep)
-    count = np.zeros(num_classes, np.int64)
-    sums, squares = np.zeros(num_classes), np.zeros(num_classes)
-    shift: np.ndarray | None = None
     histograms = np.zeros((len(models), _BINS), np.int64)
     observed: list[tuple[np.ndarray, ...]] = []
     images = 0
@@ -104,28 +98,17 @@ def score_labels(
         best.add(batch.index, logits_BK, open_BK)
         state = batch.labels.state.numpy()
         observed.append((batch.index[image], cls.astype(np.int32), state == POSITIVE, logits_BK[image, cls]))
-        if shift is None:
-            shift = logits_BK.mean(0, dtype=np.float64)  # squares of what is near 0 keep their digits
-        moved = np.where(open_BK, logits_BK - shift, 0.0)
-        count += open_BK.sum(0)
-        sums += moved.sum(0)
-        squares += (moved**2).sum(0)
         for place, own in enumerate(logits_CBK):
             histograms[place] += np.bincount(bin_of(own[open_BK]), minlength=_BINS)
         images += len(batch)
         watch(len(batch))
-    if shift is None:
+    if not images:
         raise DataError("there is no image to audit: the split's manifest and its label table share none")
-    some = np.maximum(count, 1)
-    mean = sums / some
-    deviation = np.sqrt(np.maximum(squares / some - mean**2, 0))
     return Scored(
         images=images,
+        num_classes=num_classes,
         unobserved=best.result(),
         observed=Observed(*(np.concatenate(column) for column in zip(*observed, strict=True))),
-        count=count,
-        mean=np.where(count > 0, mean + shift, 0.0),
-        deviation=deviation,
         histograms=histograms,
     )
 
