@@ -27,6 +27,7 @@ from paml.audit.audit import Auditor, open_auditor
 from paml.audit.rank import choose, scale_of
 from paml.audit.scoring import Scored, score_labels
 from paml.data.device import features_as_float
+from paml.data.loader import Batch
 from paml.labels import LabelTable, apply_verdicts
 from paml.labels.build import HEADER
 from paml.labels.states import POSITIVE
@@ -69,16 +70,24 @@ def trained(settings: TrainSettings) -> Result:
     return result
 
 
-def scored_by(auditor: Auditor, data: RunData) -> Scored:
-    """All labels of the training images, by the auditor's checkpoints on the cached features."""
+def scored_by(auditor: Auditor, data: RunData, mirror: bool) -> Scored:
+    """All labels of the training images, by the auditor's last checkpoint on the cached features."""
+    features = data.train.features
+    assert features is not None
+
+    def mirrored(batch: Batch) -> torch.Tensor:
+        return features_as_float(torch.from_numpy(features.mirrored[batch.index]), None)
+
+    def plain(batch: Batch) -> torch.Tensor:
+        return features_as_float(batch.images, None)
+
     return score_labels(
         auditor.models,
         eval_loader(dataclasses.replace(auditor.settings, eval_batch_size=250), data.train, data.image_size, World()),
+        (plain, mirrored) if mirror else (plain,),
         alpha=auditor.alpha,
         num_classes=len(data.classes),
         keep=len(data.train.samples),
-        normalise=features_as_float,
-        device=torch.device("cpu"),
     )
 
 
@@ -139,7 +148,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--train-from", default="features.18")
-    parser.add_argument("--checkpoints", type=int, help="that judge together; default: every epoch's")
     parser.add_argument("--no-training", action="store_true", help="precision alone")
     parser.add_argument("--control", action="store_true", help="also with labels drawn at random")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "coco18", help="the prepared folder")
@@ -179,30 +187,32 @@ def main() -> None:
     for seed in range(options.seeds):
         before_settings = settings_of("before", table_name, seed)
         before = trained(before_settings)
-        auditor = open_auditor(run_folder_of(before_settings), options.checkpoints)
+        auditor = open_auditor(run_folder_of(before_settings), 1)
         data = open_data(before_settings.data)
         data = with_features(
             before_settings, data, auditor.models[-1], World(), say=print, bar=lambda *_: Watcher().bar("", 0)
         )
-        scored = scored_by(auditor, data)
         keys = data.train.manifest.keys().to_pylist()
         truth = data.train.truth
         assert truth is not None
         truth_NK, states_NK = states(truth, keys), states(data.train.table, keys)
-        logits_NK = dense(scored, len(keys))
-        finds = choose(scored, scale_of(scored), max(DEPTHS), 0)
-        flat_finds = finds.place * len(data.classes) + finds.cls
         unobserved = np.flatnonzero(states_NK.ravel() < 0)
-        orders = {
-            "paml": flat_finds,
-            "paml, not normalised by class": unobserved[np.argsort(-logits_NK.ravel()[unobserved], kind="stable")],
-        }
-        orders |= {f"cleanlab, {name}": order for name, order in cleanlab_orders(logits_NK, states_NK).items()}
+        orders, flat_finds = {}, unobserved
+        for view in ("one view", "mirrored too"):
+            scored = scored_by(auditor, data, mirror=view == "mirrored too")
+            logits_NK = dense(scored, len(keys))
+            np.save(options.out / f"logits-{options.labels}-{seed}-{view.split()[0]}.npy", logits_NK)
+            finds = choose(scored, scale_of(scored), max(DEPTHS), 0)
+            flat_finds = finds.place * len(data.classes) + finds.cls
+            orders[f"paml, {view}"] = flat_finds
+            plain = unobserved[np.argsort(-logits_NK.ravel()[unobserved], kind="stable")]
+            orders[f"paml without the class's scale, {view}"] = plain
+            found = cleanlab_orders(logits_NK, states_NK)
+            orders |= {f"cleanlab, {name}, {view}": order for name, order in found.items()}
         print(
             f"\nseed {seed}, {options.labels}: {len(unobserved):,} unobserved labels, "
-            f"{int((truth_NK.ravel()[unobserved] == POSITIVE).sum()):,} of them positive; scores of "
-            f"{len(auditor.names)} checkpoint(s)\n\n| precision, % | {' | '.join(f'{k:,}' for k in DEPTHS)} |\n"
-            f"|---|{'---|' * len(DEPTHS)}"
+            f"{int((truth_NK.ravel()[unobserved] == POSITIVE).sum()):,} of them positive\n\n"
+            f"| precision, % | {' | '.join(f'{k:,}' for k in DEPTHS)} |\n|---|{'---|' * len(DEPTHS)}"
         )
         for name, order in orders.items():
             right = truth_NK.ravel()[order] == POSITIVE

@@ -11,9 +11,10 @@ from paml import storage
 from paml.audit.finds import STATE_NAMES, Evidence, Finds, write_csv, write_parquet
 from paml.audit.page import map_greys, page_html, thumbnail
 from paml.audit.rank import ClassScale, choose, scale_of
-from paml.audit.scoring import Scored, bin_of, checkpoint_logits, least_rejected_bin, score_labels
+from paml.audit.scoring import Scored, View, bin_of, checkpoint_logits, least_rejected_bin, score_labels
 from paml.data.decode import decode_rgb
-from paml.data.device import Normalise, Normaliser
+from paml.data.device import Normaliser
+from paml.data.loader import Batch
 from paml.errors import DataError, SettingsError
 from paml.explain.runs import parse_run
 from paml.labels.states import POSITIVE, UNOBSERVED
@@ -39,8 +40,11 @@ class AuditSettings:
     """FOLDER[@CHECKPOINT][:alpha=A]. CHECKPOINT is best (the default), newest or step-*; A is the run's boost.eval
     unless given."""
     checkpoints: int | None = None
-    """Average the scores of so many checkpoints, the chosen one and those kept before it, at ends of epochs; null takes
-    all of them (`--checkpoint.keep null` in training keeps every epoch's), 1 the chosen one alone."""
+    """Evidence by so many checkpoints: the chosen one, which scores, and those kept before it at ends of epochs; null
+    takes all of them (`--checkpoint.keep null` in training keeps every epoch's). Each is one more pass of the network;
+    1 takes the chosen one alone."""
+    mirror: bool = True
+    """Score the mean of a picture and its mirror image: one more pass of the network."""
     split: str = "train"
     """Split of the prepared data."""
     labels: str | None = None
@@ -78,7 +82,7 @@ class AuditSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Auditor:
-    """The C checkpoints of a run that judge labels together, oldest first."""
+    """C checkpoints of a run, oldest first. The last one scores, the others are evidence."""
 
     folder: str
     settings: TrainSettings
@@ -90,15 +94,22 @@ class Auditor:
     models: tuple[CamClassifier, ...]
     device: torch.device
 
-    @property
-    def normalise(self) -> Normalise:
-        """Images to what the models take. Checkpoints of a run that trained from a layer share what lies before it, so
-        it is computed once for all of them."""
-        pixels = Normaliser(self.settings.model.pixel_mean, self.settings.model.pixel_std, self.device)
-        if not self.models[0].on_features:
-            return pixels
-        front = self.models[0].front
-        return lambda images, flips: front(pixels(images, flips))
+    def views(self, mirror: bool) -> tuple[View, ...]:
+        """The images as the models take them and, where asked, mirrored.
+
+        Checkpoints of a run that trained from a layer share what lies before it: it is computed once for all of them.
+        """
+        normalise = Normaliser(self.settings.model.pixel_mean, self.settings.model.pixel_std, self.device)
+        front = self.models[0].front if self.models[0].on_features else lambda images: images
+
+        def view(mirrored: bool) -> View:
+            def inputs(batch: Batch) -> torch.Tensor:
+                flips = torch.full((len(batch),), mirrored, device=self.device)
+                return front(normalise(batch.images.to(self.device), flips))
+
+            return inputs
+
+        return (view(False), view(True)) if mirror else (view(False),)
 
 
 def open_auditor(spec: str, checkpoints: int | None = None, device: torch.device | str = "cpu") -> Auditor:
@@ -133,8 +144,8 @@ def audit(settings: AuditSettings, say: Callable[[str], None] = print) -> Finds:
     split, size = _split(settings, auditor)
     say(
         f"{len(split.samples):,} images of {split.name}, {split.table.num_classes:,} classes, labels of "
-        f"{split.table.path}; scored by {len(auditor.names)} checkpoint(s) of {auditor.folder}: "
-        f"{', '.join(auditor.names)}, alpha {auditor.alpha:g}"
+        f"{split.table.path}; scored by {auditor.names[-1]} of {auditor.folder}, alpha {auditor.alpha:g}"
+        + (f"; evidence also by {', '.join(auditor.names[:-1])}" if len(auditor.names) > 1 else "")
     )
     keep = min(settings.finds, settings.most_per_class or settings.finds)
     bar = terminal_bar("scores", len(split.samples))
@@ -142,11 +153,10 @@ def audit(settings: AuditSettings, say: Callable[[str], None] = print) -> Finds:
     scored = score_labels(
         auditor.models,
         loader,
+        auditor.views(settings.mirror),
         alpha=auditor.alpha,
         num_classes=split.table.num_classes,
         keep=keep,
-        normalise=auditor.normalise,
-        device=world.device,
         watch=bar.update,
     )
     bar.close()
@@ -224,9 +234,10 @@ def gather_evidence(
     for n, place in enumerate(finds.place.tolist()):
         of_place.setdefault(place, []).append(n)
     reader, pictures, picture_of = split_reader(_data(settings, auditor), split), [], {}
+    (view,) = auditor.views(mirror=False)
     for batch in _loader(settings, auditor, _only(split, places), size):
         with torch.inference_mode():
-            inputs = auditor.normalise(batch.images.to(auditor.device), None)
+            inputs = view(batch)
             own = checkpoint_logits(auditor.models, inputs, auditor.alpha)
             maps_BKHW = boost_lu(auditor.models[-1].maps(inputs).float(), auditor.alpha).cpu().numpy()
         for image, place in enumerate(batch.index.tolist()):

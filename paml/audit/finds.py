@@ -34,7 +34,7 @@ class Finds:
     state: np.ndarray
     """int8 [n], the label state in the table."""
     logit: np.ndarray
-    """float32 [n], mean over the checkpoints."""
+    """float32 [n], by the scoring checkpoint, averaged over the views."""
     score: np.ndarray
     """float64 [n], class-normalised; higher is more likely wrong in the table."""
 
@@ -43,7 +43,7 @@ class Finds:
 
     @property
     def probability(self) -> np.ndarray:
-        """float64 [n]: of the mean logit, that the class is in the picture."""
+        """float64 [n]: of the logit, that the class is in the picture."""
         return 1 / (1 + np.exp(-self.logit.astype(np.float64)))
 
 

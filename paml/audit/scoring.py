@@ -10,13 +10,15 @@ import numpy as np
 import torch
 
 from paml.audit.best import BestOfClasses, Labels
-from paml.data.device import Normalise
 from paml.data.loader import Batch
 from paml.errors import DataError
 from paml.labels.states import POSITIVE, UNOBSERVED
 from paml.models.cam import CamClassifier, pool_logits
 
 _BINS = 1 << 16
+
+View = Callable[[Batch], torch.Tensor]
+"""A batch as the models take it: the images as they are, or mirrored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Observed:
     positive: np.ndarray
     """bool [m]."""
     score: np.ndarray
-    """float32 [m], mean logit over the checkpoints."""
+    """float32 [m], the logit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Scored:
     num_classes: int
     """K."""
     unobserved: Labels
-    """The highest mean logits of each class, by class, then best score, then place."""
+    """Those of the highest logits of each class, by class, then best logit, then place."""
     observed: Observed
     histograms: np.ndarray
     """int64 [C, 65536], the unobserved logits of each checkpoint, in ascending bins (see `bin_of`)."""
@@ -68,18 +70,18 @@ def least_rejected_bin(histogram: np.ndarray, share: float) -> int:
 def score_labels(
     models: Sequence[CamClassifier],
     batches: Iterable[Batch],
+    views: Sequence[View],
     *,
     alpha: float,
     num_classes: int,
     keep: int,
-    normalise: Normalise,
-    device: torch.device,
     watch: Callable[[int], None] = lambda images: None,
 ) -> Scored:
-    """Score every pair of the batches by the mean of the models' logits, computed in float32.
+    """Score every pair of the batches by the last model's logit, averaged over the views; all in float32.
 
-    keep: unobserved labels kept of each class; memory is that of `BestOfClasses` and 14 bytes an observed label,
-    whatever the number of images. Raises DataError for no image and for a logit that is no number.
+    The other models see the first view alone, for their histograms. keep: unobserved labels kept of each class; memory
+    is that of `BestOfClasses` and 17 bytes an observed label, whatever the number of images. Raises DataError for no
+    image and for a logit that is no number.
     """
     best = BestOfClasses(num_classes, keep)
     histograms = np.zeros((len(models), _BINS), np.int64)
@@ -88,10 +90,11 @@ def score_labels(
     for batch in batches:
         if not len(batch):
             continue
-        logits_CBK = checkpoint_logits(models, normalise(batch.images.to(device), None), alpha)
-        if not np.isfinite(logits_CBK).all():
+        logits_CBK = checkpoint_logits(models, views[0](batch), alpha)
+        seen = [logits_CBK[-1], *(checkpoint_logits(models[-1:], view(batch), alpha)[0] for view in views[1:])]
+        logits_BK = np.mean(seen, axis=0, dtype=np.float64).astype(np.float32)
+        if not (np.isfinite(logits_CBK).all() and np.isfinite(logits_BK).all()):
             raise DataError("a score is not finite: the checkpoint's weights are lost, take another checkpoint")
-        logits_BK = logits_CBK.mean(0, dtype=np.float64).astype(np.float32)
         image, cls = batch.labels.image.numpy(), batch.labels.cls.numpy()
         open_BK = np.ones(logits_BK.shape, bool)
         open_BK[image, cls] = batch.labels.state.numpy() == UNOBSERVED
