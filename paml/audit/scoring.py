@@ -52,7 +52,7 @@ class Scored:
 
 def bin_of(logits: np.ndarray) -> np.ndarray:
     """int64: the place of float32 values among 65,536 ascending bins, each at most 1/128 of its values wide."""
-    bits = np.asarray(logits, np.float32).view(np.int32)
+    bits = (np.asarray(logits, np.float32) + np.float32(0)).view(np.int32)  # -0 becomes 0
     ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # the bits of negative floats run the other way
     return (ordered.astype(np.int64) >> 16) + _BINS // 2
 
