@@ -86,10 +86,9 @@ def test_classes_without_observed_positives_are_left_as_they_are() -> None:
 
 
 def test_there_may_be_fewer_labels_than_asked_for() -> None:
-    scored = Scored(
-        0, 2, Labels(*(np.empty(0, kind) for kind in (np.int64, np.int32, np.float32))),
-        Observed(*(np.empty(0, kind) for kind in (np.int64, np.int32, bool, np.float32))), np.zeros((1, 1 << 16), np.int64),
-    )  # fmt: skip
+    labels = Labels(*(np.empty(0, kind) for kind in (np.int64, np.int32, np.float32)))
+    observed = Observed(*(np.empty(0, kind) for kind in (np.int64, np.int32, bool, np.float32)))
+    scored = Scored(0, 2, labels, observed, np.zeros((1, 1 << 16), np.int64))
     assert len(choose(scored, ClassScale(np.zeros(2)), 5, 5)) == 0
     with pytest.raises(IndexError):
         ClassScale(np.zeros(2)).scores(np.array([2]), np.zeros(1))
