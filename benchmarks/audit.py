@@ -24,17 +24,20 @@ import torch
 import yaml
 
 from paml.audit.audit import Auditor, open_auditor
+from paml.audit.best import Labels
 from paml.audit.rank import choose, scale_of
-from paml.audit.scoring import Scored, score_labels
+from paml.audit.scoring import Observed, Scored, score_labels
+from paml.compare.bootstrap import bootstrap_map, interval
 from paml.data.device import features_as_float
 from paml.data.loader import Batch
 from paml.labels import LabelTable, apply_verdicts
 from paml.labels.build import HEADER
 from paml.labels.states import POSITIVE
 from paml.labels.verdicts import defused
+from paml.metrics.pairs import read_pairs
 from paml.training.data import RunData, eval_loader, open_data
 from paml.training.features import with_features
-from paml.training.loop import Result, Watcher, run_folder_of, train
+from paml.training.loop import Result, Watcher, pairs_path, run_folder_of, train
 from paml.training.settings import TrainSettings, flatten, unflatten
 from paml.training.world import World
 
@@ -43,6 +46,7 @@ RECIPE = ROOT / "jobs" / "recipes" / "coco18.yaml"
 TABLES = {"single": "train-single", "partial": "train"}
 DEPTHS = (100, 1000, 3000)
 ANSWERED = 1000
+NOISE = 0.05
 
 
 def own_root(data: Path, out: Path) -> Path:
@@ -107,8 +111,8 @@ def states(table: LabelTable, keys: list[str]) -> np.ndarray:
     return found
 
 
-def cleanlab_orders(logits_NK: np.ndarray, states_NK: np.ndarray) -> dict[str, np.ndarray]:
-    """By way of cleanlab: places of the unobserved labels in the flat [N, K], the likeliest issue first.
+def cleanlab_orders(logits_NK: np.ndarray, states_NK: np.ndarray, among: np.ndarray) -> dict[str, np.ndarray]:
+    """By way of cleanlab: places in the flat [N, K] of the labels `among` bool [N, K], the likeliest issue first.
 
     cleanlab knows no unobserved label: what is not listed is absent, which is what is being doubted here.
     """
@@ -126,7 +130,7 @@ def cleanlab_orders(logits_NK: np.ndarray, states_NK: np.ndarray) -> dict[str, n
     }.items():
         quality = np.asarray(get_label_quality_scores_per_class(listed, chances, **options))
         order = np.lexsort((quality.ravel(), ~flagged.ravel()))
-        orders[name] = order[states_NK.ravel()[order] < 0]
+        orders[name] = order[among.ravel()[order]]
     return orders
 
 
@@ -139,6 +143,44 @@ def write_answers(path: Path, keys: list[str], mids: tuple[str, ...], pairs: np.
             state = int(truth_NK[image, cls] == POSITIVE)
             writer.writerow((defused(keys[image]), "verification", defused(mids[cls]), state))
     return str(path)
+
+
+def wrong_observed(table: LabelTable, keys: list[str], logits_NK: np.ndarray, seed: int) -> None:
+    """Flip NOISE of a table's observed labels and print how many of the first finds among them are flipped ones.
+
+    The logits are of a model that did not learn from the flipped table.
+    """
+    states_NK = states(table, keys)
+    image, cls = np.nonzero(states_NK >= 0)
+    flipped = np.random.default_rng(seed).random(len(cls)) < NOISE
+    states_NK[image[flipped], cls[flipped]] = 1 - states_NK[image[flipped], cls[flipped]]
+    score = logits_NK[image, cls].astype(np.float32)
+    observed = Observed(image, cls.astype(np.int32), states_NK[image, cls] == POSITIVE, score)
+    none = Labels(*(np.empty(0, kind) for kind in (np.int64, np.int32, np.float32)))
+    scored = Scored(len(keys), table.num_classes, none, observed, np.zeros((1, 1), np.int64))
+    finds = choose(scored, scale_of(scored), 0, len(cls))
+    wrong_NK = np.zeros(states_NK.shape, bool)
+    wrong_NK[image, cls] = flipped
+    orders = {"paml": finds.place * table.num_classes + finds.cls}
+    found = cleanlab_orders(logits_NK, states_NK, among=states_NK >= 0)
+    orders |= {f"cleanlab, {name}": order for name, order in found.items()}
+    depths = (100, 300, int(flipped.sum()))
+    print(f"\n{flipped.sum():,} of {len(cls):,} observed labels flipped; share of flipped ones, %, among the first")
+    for name, order in orders.items():
+        print(f"| {name} | {' | '.join(f'{100 * wrong_NK.ravel()[order][:k].mean():.2f} ({k:,})' for k in depths)} |")
+
+
+def gain_interval(before: TrainSettings, after: TrainSettings, alpha: str) -> tuple[float, float]:
+    """95 % of the paired bootstrap over the test images, of the difference in mAP, in points."""
+    found = []
+    for settings in (before, after):
+        pairs, facts = read_pairs(pairs_path(run_folder_of(settings), alpha))
+        images = np.unique(pairs.image.numpy())
+        found.append(
+            bootstrap_map(pairs, int(facts["num_classes"]), images, replicates=1000, seed=0, settings=settings.metrics)
+        )
+    low, high = interval(found[1] - found[0], 0.95)
+    return 100 * low, 100 * high
 
 
 def main() -> None:
@@ -207,7 +249,7 @@ def main() -> None:
             orders[f"paml, {view}"] = flat_finds
             plain = unobserved[np.argsort(-logits_NK.ravel()[unobserved], kind="stable")]
             orders[f"paml without the class's scale, {view}"] = plain
-            found = cleanlab_orders(logits_NK, states_NK)
+            found = cleanlab_orders(logits_NK, states_NK, among=states_NK < 0)
             orders |= {f"cleanlab, {name}, {view}": order for name, order in found.items()}
         print(
             f"\nseed {seed}, {options.labels}: {len(unobserved):,} unobserved labels, "
@@ -217,6 +259,7 @@ def main() -> None:
         for name, order in orders.items():
             right = truth_NK.ravel()[order] == POSITIVE
             print(f"| {name} | {' | '.join(f'{100 * right[:k].mean():.2f}' for k in DEPTHS)} |", flush=True)
+        wrong_observed(LabelTable.open(root / "labels" / "train.arrow"), keys, dense(scored, len(keys)), seed)
         if options.no_training:
             continue
         drawn = np.random.default_rng(seed).choice(unobserved, ANSWERED, replace=False)
@@ -230,7 +273,10 @@ def main() -> None:
             table = f"{table_name}-{name}-{seed}"
             if not (root / "labels" / f"{table}.arrow").exists():
                 print(apply_verdicts(data.train.table, [answers], str(root / "labels" / f"{table}.arrow")))
-            scores[name] = trained(settings_of(name, table, seed))
+            after_settings = settings_of(name, table, seed)
+            scores[name] = trained(after_settings)
+            low, high = gain_interval(before_settings, after_settings, f"{auditor.alpha:g}")
+            print(f"{name}: the gain lies between {low:+.2f} and {high:+.2f} (95 %, bootstrap over the test images)")
         gains.append({name: 100 * result.test[f"{auditor.alpha:g}"].map for name, result in scores.items()})
     if gains:
         print(f"\n| test mAP, seed | {' | '.join(gains[0])} |\n|---|{'---|' * len(gains[0])}")

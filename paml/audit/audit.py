@@ -17,7 +17,7 @@ from paml.data.device import Normaliser
 from paml.data.loader import Batch
 from paml.errors import DataError, SettingsError
 from paml.explain.runs import parse_run
-from paml.labels.states import POSITIVE, UNOBSERVED
+from paml.labels.states import UNOBSERVED
 from paml.losses import LOSSES, reject_rate
 from paml.models.boost import boost_lu
 from paml.models.cam import CamClassifier
@@ -258,8 +258,7 @@ def gather_evidence(
 def _evidence(
     auditor: Auditor, split: Split, scored: Scored, scale: ClassScale, finds: Finds, logits: np.ndarray
 ) -> Evidence:
-    own_scores = scale.scores(finds.cls[:, None], logits)
-    own_scores = np.where((finds.state == POSITIVE)[:, None], -own_scores, own_scores)
+    own_scores = scale.scores(finds.cls[:, None], logits, finds.state[:, None])
     agreement = np.empty(len(finds))
     for kind in np.unique(finds.kind):
         these = finds.kind == kind

@@ -1,9 +1,13 @@
 """Which labels are found, and in what order: exact, the same every time, ties broken by the image's place, then class.
 
-The score is the logit less a quarter of what the class's observed positives have above those of all classes: a class
-whose confirmed positives score low need not score as high to be believed. Only a quarter, since the classes of one
-head, trained together, are already on nearly one scale; the whole of it, or standardised or quantile scores, put rare
-classes' noise first (measured: "Label audit" in benchmarks/RESULTS.md). A class with few observed positives moves less.
+An unobserved label's score is its logit less a quarter of what the class's observed positives have above those of all
+classes: a class whose confirmed positives score low need not score as high to be believed. Only a quarter, since the
+classes of one head, trained together, are already on nearly one scale; the whole of it, or standardised or quantile
+scores, put rare classes' noise first. An observed label's score is its logit's distance to the wrong side of a border
+between positives and negatives, not 0: training on partial labels as AN pulls all logits down. The border lies in the
+middle between the observed positives and the observed negatives of all classes, and again a quarter of the way to that
+of the class. Both were chosen by experiment ("Label audit" in benchmarks/RESULTS.md). A class with few observed labels
+moves less. Agreement over epochs and rejections did not better the score when they entered it: they are evidence.
 """
 
 import dataclasses
@@ -16,8 +20,8 @@ from paml.labels.states import NEGATIVE, POSITIVE, UNOBSERVED
 
 SHARE = 0.25
 """Of a class's distance from all classes that is taken off its logits."""
-FEW_POSITIVES = 10.0
-"""So many observed positives move a class half as far as many would."""
+FEW = 10.0
+"""So many observed labels move a class half as far as many would."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,24 +29,36 @@ class ClassScale:
     """What normalises the logits of K classes; increasing in the logit, so that it keeps the order within a class."""
 
     offset: np.ndarray
-    """float64 [K], taken off a class's logits."""
+    """float64 [K], taken off an unobserved label's logit."""
+    border: np.ndarray
+    """float64 [K], logit on whose sides the observed positives and negatives of a class are expected."""
 
-    def scores(self, cls: np.ndarray, logit: np.ndarray) -> np.ndarray:
-        """float64: class-normalised logits. `cls` and `logit` broadcast."""
-        return np.asarray(logit, np.float64) - self.offset[cls]
+    def scores(self, cls: np.ndarray, logit: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """float64: how likely wrong the table is on labels of these states (UNOBSERVED is wrong where it is positive).
+        The arguments broadcast."""
+        logit = np.asarray(logit, np.float64)
+        observed = np.where(state == POSITIVE, -1, 1) * (logit - self.border[cls])
+        return np.where(state == UNOBSERVED, logit - self.offset[cls], observed)
 
 
 def scale_of(scored: Scored) -> ClassScale:
-    """The scale by the observed positives of a pass; the offset is 0 for a class that has none."""
-    observed, classes = scored.observed, scored.num_classes
-    cls = observed.cls[observed.positive]
-    count = np.bincount(cls, minlength=classes).astype(np.float64)
-    if not count.sum():
-        return ClassScale(np.zeros(classes))
-    mean = np.bincount(cls, observed.score[observed.positive].astype(np.float64), classes) / np.maximum(count, 1)
-    weight = count / (count + FEW_POSITIVES)
-    overall = float((weight * mean).sum() / weight.sum())
-    return ClassScale(SHARE * weight * (mean - overall))
+    """The scale by the observed labels of a pass; a class without them is taken as all classes are."""
+    observed, K = scored.observed, scored.num_classes
+    means, weights = [], []
+    for chosen in (observed.positive, ~observed.positive):
+        count = np.bincount(observed.cls[chosen], minlength=K).astype(np.float64)
+        sums = np.bincount(observed.cls[chosen], observed.score[chosen].astype(np.float64), K)
+        means.append(sums / np.maximum(count, 1))
+        weights.append(count / (count + FEW))
+    (positive, negative), (weight, other) = means, weights
+    both = weight * other
+    overall, middle = _mean(positive, weight), (positive + negative) / 2
+    border = _mean(middle, both)
+    return ClassScale(SHARE * weight * (positive - overall), border + SHARE * both * (middle - border))
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> float:
+    return float((weights * values).sum() / weights.sum()) if weights.any() else 0.0
 
 
 def choose(
@@ -54,18 +70,17 @@ def choose(
     most_per_class: bound on the finds of one class within a kind.
     """
     unobserved, observed = scored.unobserved, scored.observed
-    score = scale.scores(unobserved.cls, unobserved.score)
+    score = scale.scores(unobserved.cls, unobserved.score, np.array(UNOBSERVED))
     first = _best(score, unobserved.place, unobserved.cls, finds, most_per_class)
-    doubt = scale.scores(observed.cls, observed.score)
-    doubt = np.where(observed.positive, -doubt, doubt)
+    states = np.where(observed.positive, POSITIVE, NEGATIVE)
+    doubt = scale.scores(observed.cls, observed.score, states)
     second = _best(doubt, observed.place, observed.cls, observed_finds, most_per_class)
-    states = np.where(observed.positive[second], POSITIVE, NEGATIVE)
     return Finds(
         kind=np.array([UNOBSERVED_POSITIVE] * len(first) + [OBSERVED_WRONG] * len(second)),
         rank=np.concatenate([np.arange(len(first)), np.arange(len(second))]) + 1,
         place=np.concatenate([unobserved.place[first], observed.place[second]]),
         cls=np.concatenate([unobserved.cls[first], observed.cls[second]]),
-        state=np.concatenate([np.full(len(first), UNOBSERVED), states]).astype(np.int8),
+        state=np.concatenate([np.full(len(first), UNOBSERVED), states[second]]).astype(np.int8),
         logit=np.concatenate([unobserved.score[first], observed.score[second]]),
         score=np.concatenate([score[first], doubt[second]]),
     )
