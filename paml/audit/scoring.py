@@ -92,7 +92,7 @@ def score_labels(
             continue
         logits_CBK = checkpoint_logits(models, views[0](batch), alpha)
         seen = [logits_CBK[-1], *(checkpoint_logits(models[-1:], view(batch), alpha)[0] for view in views[1:])]
-        logits_BK = np.mean(seen, axis=0, dtype=np.float64).astype(np.float32)
+        logits_BK = np.stack(seen).mean(0, dtype=np.float64).astype(np.float32)
         if not (np.isfinite(logits_CBK).all() and np.isfinite(logits_BK).all()):
             raise DataError("a score is not finite: the checkpoint's weights are lost, take another checkpoint")
         image, cls = batch.labels.image.numpy(), batch.labels.cls.numpy()
