@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from paml import storage
-from paml.audit.finds import STATE_NAMES, Evidence, Finds, write_csv, write_parquet
+from paml.audit.finds import STATE_NAMES, UNOBSERVED_POSITIVE, Evidence, Finds, write_csv, write_parquet
 from paml.audit.page import map_greys, page_html, thumbnail
 from paml.audit.rank import ClassScale, choose, scale_of
 from paml.audit.scoring import Scored, View, bin_of, checkpoint_logits, least_rejected_bin, score_labels
@@ -203,7 +203,7 @@ def audit(settings: AuditSettings, say: Callable[[str], None] = print) -> Finds:
     ]
     page = page_html(f"Label audit: {split.name}, {len(finds):,} finds", rows, pictures, maps).encode()
     storage.write_bytes(storage.join(settings.out, "page.html"), page)
-    unobserved = int((finds.kind == finds.kind[0]).sum()) if settings.finds else 0
+    unobserved = int((finds.kind == UNOBSERVED_POSITIVE).sum())
     say(f"{unobserved:,} unobserved labels likely positive, {len(finds) - unobserved:,} observed ones likely wrong")
     say(
         f"in {settings.out}: finds.parquet, finds.csv, page.html ({len(page) / 1e6:.1f} MB); open the page in a browser"

@@ -43,7 +43,7 @@ class Finds:
 
     @property
     def probability(self) -> np.ndarray:
-        """float64 [n]: of the logit, that the class is in the picture."""
+        """float64 [n]: of the logit, that the class is in the picture. A boost in scoring alone pushes it towards 1."""
         return 1 / (1 + np.exp(-self.logit.astype(np.float64)))
 
 

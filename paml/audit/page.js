@@ -143,7 +143,7 @@ function say(more) {
   const count = (verdict) => [...verdicts.values()].filter((one) => one === verdict).length;
   const [yes, no, skip] = ["yes", "no", "skip"].map(count);
   at("status").textContent = `${shown.length.toLocaleString("en")} of ${data.finds.length.toLocaleString("en")} finds` +
-    (shown.length ? `, at the ${current + 1}.` : ".") + ` Answered: ${yes} yes, ${no} no, ${skip} skip.` +
+    (shown.length ? `, this is number ${(current + 1).toLocaleString("en")}.` : ".") + ` Answered: ${yes} yes, ${no} no, ${skip} skip.` +
     (more ? " " + more : "");
 }
 
