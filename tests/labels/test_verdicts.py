@@ -1,6 +1,7 @@
 """Verdicts merged into a label table: what wins, what is counted, what is refused."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paml.labels import NEGATIVE, POSITIVE, LabelError, LabelTable, table_from_triples
+from paml.labels.__main__ import main
 from paml.labels.verdicts import apply_verdicts, defused, restored
 
 KEYS = [f"{number:016x}" for number in range(4)]
@@ -142,3 +144,14 @@ def test_a_table_is_not_written_over_itself(tmp_path: Path) -> None:
         apply_verdicts(old, [], str(tmp_path / "new.arrow"))
     with pytest.raises(FileNotFoundError):
         apply_verdicts(old, [str(tmp_path / "none.csv")], str(tmp_path / "new.arrow"))
+
+
+def test_the_command_writes_the_new_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = _table(tmp_path / "old.arrow", OLD)
+    files = [_verdicts(tmp_path / f"{n}.csv", (KEYS[n], "/m/c", 1)) for n in range(2)]
+    out = str(tmp_path / "new.arrow")
+    assert main(["verdicts", old.path, json.dumps(files), out]) == 0
+    assert "2 verdicts read, 2 labels added" in capsys.readouterr().out
+    assert _labels(LabelTable.open(out)) == OLD | {(KEYS[0], "/m/c"): POSITIVE, (KEYS[1], "/m/c"): POSITIVE}
+    assert main(["verdicts", old.path, json.dumps(files), old.path]) == 1
+    assert "over itself" in capsys.readouterr().err
