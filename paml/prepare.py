@@ -2,6 +2,7 @@
 
 <out>/shards/{split}/   tar files, manifest.arrow, rejects.csv, coverage.parquet (by class: labels with an image)
 <out>/labels/{split}.arrow, {split}-full.arrow (full labels, where known), train-single.arrow (protocol)
+<out>/labels/{split}-audited.arrow, train-single-audited.arrow: new versions of these tables, with verdicts merged in
 """
 
 import csv
@@ -17,6 +18,7 @@ from paml import storage
 from paml.errors import DataError, SettingsError
 from paml.labels import LabelSettings, LabelTable, build_label_table, observe_single_positive
 from paml.labels.coverage import measure_coverage, missing_keys
+from paml.labels.verdicts import apply_verdicts
 from paml.shards import Manifest, PartsFailed, ShardSettings, write_parts
 from paml.shards.progress import Progress
 from paml.shards.tasks import LocalTasks, Tasks
@@ -113,6 +115,12 @@ class PrepareSettings:
     """Folder with the same annotation files holding full labels (experiments); null for none."""
     single_positive_seed: int | None = None
     """With full labels: also make labels/train-single.arrow, one positive an image, drawn by this seed."""
+    verdicts: tuple[str, ...] = ()
+    """Files of verdicts that the page of jobs/audit_labels.py exported (`annotations-human.csv` rows). They are merged
+    into the tables that training sees of `verdicts_split`, as new versions beside them: labels/train-audited.arrow,
+    and labels/train-single-audited.arrow where there is a train-single. A verdict wins over the label there was."""
+    verdicts_split: str = "train"
+    """Split whose images the verdicts are on."""
     only_labelled: bool = False
     """Leave images without labels out of the shards, and name labelled ones that no source has."""
     shards: ShardSettings = dataclasses.field(default_factory=ShardSettings)
@@ -141,6 +149,10 @@ class PrepareSettings:
             raise SettingsError("flickr is for images of a release; your own have no addresses: leave it out")
         if self.flickr and self.images_from == "tars":
             raise SettingsError("flickr needs to know what `images` lacks, which tar files tell too late: use a folder")
+        if self.verdicts and self.verdicts_split not in self.splits:
+            raise SettingsError(
+                f"verdicts_split is {self.verdicts_split!r}; splits names {', '.join(self.splits)}: name one of them"
+            )
         if not self.splits:
             raise SettingsError("splits is empty: name train, validation or test")
         if self.retries < 0:
@@ -346,11 +358,25 @@ def prepare(
         except PartsFailed as error:
             say(f"shards of {split}: {error}")
             failed.append(error)
+        else:
+            if settings.verdicts and split == settings.verdicts_split:
+                _merge_verdicts(settings, split, table, say)
     if failed:
         raise PartsFailed(
             [failure for error in failed for failure in error.failures], sum(e.of for e in failed), "tasks"
         )
     say(f"prepared: give data.root = {settings.out} to jobs/train_openimages.py")
+
+
+def _merge_verdicts(settings: PrepareSettings, split: str, table: LabelTable, say: Callable[[str], None]) -> None:
+    """New versions, with the verdicts merged in, of the tables that training sees of a split."""
+    keys = Manifest.open(storage.join(settings.out, "shards", split)).keys()
+    tables = [table]
+    if split == "train" and settings.single_positive_seed is not None:
+        tables.append(LabelTable.open(storage.join(settings.out, "labels", "train-single.arrow")))
+    for old in tables:
+        out = old.path.removesuffix(".arrow") + "-audited.arrow"
+        say(str(apply_verdicts(old, settings.verdicts, out, images=keys)))
 
 
 def _write_split(

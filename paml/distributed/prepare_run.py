@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from paml import storage
 from paml.errors import Stopped
@@ -76,7 +77,9 @@ def at_absolute_paths(settings: PrepareSettings, base: str) -> PrepareSettings:
     own = dataclasses.replace(
         settings.own, labels=absolute(settings.own.labels), classes=absolute(settings.own.classes)
     )
-    return dataclasses.replace(settings, own=own, **{name: absolute(getattr(settings, name)) for name in names})
+    moved: dict[str, Any] = {name: absolute(getattr(settings, name)) for name in names}
+    moved["verdicts"] = tuple(absolute(path) for path in settings.verdicts)
+    return dataclasses.replace(settings, own=own, **moved)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from paml.labels.probe import is_probe, probe_mask, split_probe
 from paml.labels.single_positive import observe_single_positive, single_positive
 from paml.labels.states import NEGATIVE, POSITIVE, UNOBSERVED, LabelError
 from paml.labels.table import LabelTable, Triples, select_images, table_from_triples
+from paml.labels.verdicts import VerdictReport, apply_verdicts
 
 __all__ = [
     "NEGATIVE",
@@ -18,6 +19,8 @@ __all__ = [
     "LabelTable",
     "MergeReport",
     "Triples",
+    "VerdictReport",
+    "apply_verdicts",
     "build_label_table",
     "cut",
     "export_classes",

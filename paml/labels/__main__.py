@@ -1,4 +1,4 @@
-"""Look at label tables and make new ones of them: `python -m paml.labels info|cut|merge|split|csv --help`."""
+"""Look at label tables and make new ones of them: `python -m paml.labels info|cut|merge|split|csv|verdicts --help`."""
 
 import sys
 
@@ -10,6 +10,7 @@ from paml.labels.build import read_classes
 from paml.labels.settle import ConflictRule
 from paml.labels.states import LabelError
 from paml.labels.table import LabelTable
+from paml.labels.verdicts import apply_verdicts
 
 
 def info(table: str) -> None:
@@ -87,12 +88,23 @@ def csv(table: str, out: str, classes: str | None = None) -> None:
         edit.export_classes(opened, classes)
 
 
+def verdicts(table: str, files: list[str], out: str) -> None:
+    """Write a new version of a table, with the verdicts of people merged in.
+
+    Args:
+        table: the label table.
+        files: CSV files that the page of an audit exported.
+        out: the table to write.
+    """
+    print(apply_verdicts(LabelTable.open(table), files, out))
+
+
 def main(args: list[str] | None = None) -> int:
     """Run one command; status 0, or 1 after saying what is wrong."""
     from jsonargparse import auto_cli
 
     try:
-        auto_cli([info, cut, merge, split, csv], args=args, prog="python -m paml.labels")
+        auto_cli([info, cut, merge, split, csv, verdicts], args=args, prog="python -m paml.labels")
     except (LabelError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

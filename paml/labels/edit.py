@@ -177,9 +177,15 @@ class MergeReport:
 
 
 def merge(
-    tables: Sequence[LabelTable | str], out: str, *, conflict: ConflictRule = "negative", threads: int = 1
+    tables: Sequence[LabelTable | str],
+    out: str,
+    *,
+    conflict: ConflictRule = "negative",
+    threads: int = 1,
+    metadata: Mapping[str, Any] | None = None,
 ) -> MergeReport:
     """Write one table with the images, classes and labels of all. The classes keep the order of their first table.
+    `metadata` (JSON values) is added to that of the merge.
 
     Raises LabelError for no table and, by the rule `error`, for a contradiction.
     """
@@ -235,6 +241,7 @@ def merge(
             "conflict": conflict,
             "conflict_rule": CONFLICT_RULES[conflict],
             "conflicting_pairs": settled.conflicting_pairs,
+            **(metadata or {}),
         },
     )
     return MergeReport(

@@ -243,8 +243,9 @@ def test_settings_that_contradict_are_refused(changes: dict, says: str) -> None:
 
 def test_relative_paths_begin_at_the_base() -> None:
     settings = PrepareSettings(
-        out="s3://bucket/out", release="a/2017_11", release_from="https://some.where/x", images="/photos"
-    )
+        out="s3://bucket/out", release="a/2017_11", release_from="https://some.where/x", images="/photos",
+        verdicts=("mine.csv", "/other.csv", "s3://bucket/third.csv"),
+    )  # fmt: skip
     moved = at_absolute_paths(settings, "/base")
     assert (moved.out, moved.release, moved.release_from, moved.images, moved.full_labels) == (
         "s3://bucket/out",
@@ -253,3 +254,4 @@ def test_relative_paths_begin_at_the_base() -> None:
         "/photos",
         None,
     )
+    assert moved.verdicts == ("/base/mine.csv", "/other.csv", "s3://bucket/third.csv")
