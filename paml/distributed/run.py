@@ -62,7 +62,7 @@ def train_run(
     data = open_data(settings.data)
     claim_run(settings, run_folder)
     journal = Journal(run_folder, "driver")
-    follower = None
+    follower = sampler = None
     if settings.workers.num_workers > 0:
         from paml.distributed.ray_train import connect
 
@@ -81,6 +81,8 @@ def train_run(
                 storage.write_bytes(storage.join(run_folder, "result.json"), json.dumps(result.to_json()).encode())
             journal.status("FINISHED")
         except SystemExit:  # Ray Tune ends a trial between two epochs: the sweep knows why, and notes it
+            if sampler is not None:
+                sampler.close()
             raise
         except KeyboardInterrupt:
             for number in (signal.SIGTERM, signal.SIGINT):

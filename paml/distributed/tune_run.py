@@ -67,6 +67,8 @@ METRIC, TIME = "val_map", "epoch"
 _AROUND_WORKERS = 0.01
 """CPUs of a trial that only waits for its Ray Train workers; a whole one would starve them, and none is refused."""
 _CLOSE_SECONDS = 30.0
+_REUSE_SECONDS = 60
+"""A process that is to train the next trial may take so long to let go of the one that was stopped."""
 
 
 def run_sweep(settings: SweepSettings) -> int:
@@ -109,8 +111,9 @@ def run_sweep(settings: SweepSettings) -> int:
 def _join(settings: SweepSettings, workers: WorkerSettings) -> None:
     """Join the cluster. Tune's actors take no runtime environment of their own, so the driver's is theirs."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    cluster.join(settings.address or workers.address, cluster.task_environment())
+    environment = cluster.task_environment()
+    variables = {**environment.get("env_vars", {}), "TUNE_FUNCTION_THREAD_TIMEOUT_S": str(_REUSE_SECONDS)}
+    cluster.join(settings.address or workers.address, {**environment, "env_vars": variables})
     connect(workers)  # its variables for Ray Train
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -183,7 +186,11 @@ def _tune(known: "_Trials", shape: _Shape, epochs: int) -> None:
     tuner = tune.Tuner(
         tune.with_resources(told, shape.resources),
         tune_config=tune.TuneConfig(
-            search_alg=known, scheduler=scheduler, num_samples=due, max_concurrent_trials=shape.at_once
+            search_alg=known,
+            scheduler=scheduler,
+            num_samples=due,
+            max_concurrent_trials=shape.at_once,
+            reuse_actors=shape.workers.num_workers == 0,  # the next trial need not load torch anew
         ),
         run_config=tune.RunConfig(
             name=f"{settings.name}-{time.time_ns()}",  # new each time, so that Tune never takes up an old one

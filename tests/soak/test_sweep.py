@@ -12,7 +12,7 @@ from tests.jobs.test_sweep import check, train_the_best
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_forty_trials_killed_twice(tmp_path: Path):
-    data = prepare_scenes(write_scenes(tmp_path / "scenes", train=200, others=120), tmp_path / "data")
+    data = prepare_scenes(write_scenes(tmp_path / "scenes", train=120, others=60), tmp_path / "data")
     settings = tiny_sweep(data, tmp_path / "runs", trials=40, search="optuna", space=SPACE)
     settings["base"] |= {"data.train_truth": None, "batch_size": 20, "eval_batch_size": 40}
     sweeping = sweep_with_two_kills(settings, tmp_path, after=(12, 26))
