@@ -15,7 +15,8 @@ from paml.compare.trials import Sweep, Trial, shown
 
 LEAST_FOR_IMPORTANCE = 10
 _DARK, _SOFT, _GRID = "#08519c", "#9ecae1", "#dddddd"
-_COLOURS = ("#08519c", "#d94801", "#238b45", "#6a51a3", "#e6a800", "#525252")
+_NEUTRAL = "#525252"
+_COLOURS = ("#08519c", "#d94801", "#238b45", "#6a51a3", "#e6a800", "#8c510a")
 _BINS = 6
 _COLUMNS = 3
 _TREES, _REPEATS = 300, 30
@@ -84,10 +85,13 @@ def _place(axis: Axis, value: Any) -> float:
 def _ticks(axis: Axis) -> list[tuple[float, str]]:
     if axis.kind == "choice":
         return [(_place(axis, value), shown(value)) for value in axis.values]
-    values = np.linspace(axis.low, axis.high, 5)
-    if axis.kind == "log_uniform":
-        values = np.geomspace(axis.low, axis.high, 5)
-    return [(_place(axis, float(value)), f"{value:.3g}") for value in values]
+    values = np.linspace(axis.low, axis.high, 5).tolist()
+    if axis.kind == "log_uniform":  # the ends, and what is round between them with room on both sides
+        room = (axis.high / axis.low) ** 0.12
+        decades = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
+        rounded = [digit * 10.0**decade for decade in decades for digit in (1, 3)]
+        values = [axis.low, *(v for v in rounded if axis.low * room < v < axis.high / room), axis.high]
+    return [(_place(axis, value), f"{value:.3g}") for value in values]
 
 
 def _figure(width: float, height: float) -> Any:
@@ -124,7 +128,7 @@ def _parallel(axes: Sequence[Axis], trials: Sequence[Trial]) -> bytes:
     plot = figure.add_subplot()
     scores = [100 * trial.score for trial in trials]
     low, high = min(scores), max(scores)
-    scale = ScalarMappable(Normalize(low, high if high > low else low + 1), "viridis")
+    scale: Any = ScalarMappable(Normalize(low, high if high > low else low + 1), "viridis")
     spans = [(min(p for p, _ in _ticks(axis)), max(p for p, _ in _ticks(axis))) for axis in axes]
     for trial in sorted(trials, key=lambda trial: trial.score):
         places = [
@@ -211,8 +215,9 @@ def _legend(figure: Any, groups: Sequence[tuple[Any, str]], by: Axis | None) -> 
         return Line2D([], [], linestyle="", marker="o", color=colour, markerfacecolor=face, label=text)
 
     handles = [dot(colour, colour, shown(value)) for value, colour in groups if by is not None]
-    handles += [dot(_DARK, _DARK, "finished"), dot(_DARK, "none", "stopped early, or failed later")]
-    handles.append(Line2D([], [], color=_DARK, label="best of the value, or of a sixth of the range"))
+    neutral = _DARK if by is None else _NEUTRAL
+    handles += [dot(neutral, neutral, "finished"), dot(neutral, "none", "stopped early, or failed later")]
+    handles.append(Line2D([], [], color=neutral, label="best of the value, or of a sixth of the range"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
 
 

@@ -335,6 +335,8 @@ class _Trials(Searcher):
         error: str | None = None,
         lasting: bool = False,
     ) -> None:
+        if number not in self._begun:
+            return  # Tune may say twice that a trial has ended
         trial = self.trials[number]
         trial = self.trials[number] = dataclasses.replace(
             trial,
