@@ -165,7 +165,6 @@ def read_trials(sweep: Sweep) -> dict[int, Trial]:
         trial = read_trial(sweep, number)
         if trial.state == "running" and is_whole(sweep, number):
             trial = dataclasses.replace(trial, state="finished", scores=scores_in(sweep.run_folder(number)))
-            write_trial(sweep, trial)
         found[number] = trial
     return found
 

@@ -111,6 +111,7 @@ def run_sweep(settings: SweepSettings) -> int:
 def _join(settings: SweepSettings, workers: WorkerSettings) -> None:
     """Join the cluster. Tune's actors take no runtime environment of their own, so the driver's is theirs."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a table at verbose 0, too
     environment = cluster.task_environment()
     variables = {**environment.get("env_vars", {}), "TUNE_FUNCTION_THREAD_TIMEOUT_S": str(_REUSE_SECONDS)}
     cluster.join(settings.address or workers.address, {**environment, "env_vars": variables})
@@ -397,6 +398,7 @@ class _Trials(Searcher):
     def _finish_earlier(self, numbers: list[int]) -> None:
         """Trials that ended just before a kill: their journals and MLflow's view may lack the end."""
         for number in numbers:
+            write_trial(self.sweep, self.trials[number])
             self._end_journal(number)
             if self.sweep.settings.mlflow:
                 try:
