@@ -5,7 +5,7 @@ import difflib
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from paml.errors import PamlError, SettingsError
@@ -46,16 +46,21 @@ def checked_settings(kind: type[T], values: Mapping[str, Any], where: str, known
 
     known: every dotted name there is. Raises SettingsError that begins with `where` and names what is wrong.
     """
-    for name in values:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            like = f"; like it are {', '.join(close)}" if close else ""
-            raise SettingsError(f"{where}: there is no setting {name!r}{like} (--help of the training job lists all)")
+    refuse_unknown(values, known, where)
     parser = _parser(kind)
     try:
         return kind(**parser.instantiate(parser.parse_object(dict(values))).as_dict())
     except (argparse.ArgumentError, *MENDABLE) as error:
         raise SettingsError(f"{where}: {error}") from error
+
+
+def refuse_unknown(names: Iterable[str], known: Mapping[str, Any], where: str) -> None:
+    """Raise SettingsError that begins with `where` for a dotted name that is not among `known`."""
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            like = f"; like it are {', '.join(close)}" if close else ""
+            raise SettingsError(f"{where}: there is no setting {name!r}{like} (--help of the training job lists all)")
 
 
 @functools.cache

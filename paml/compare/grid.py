@@ -10,7 +10,7 @@ import yaml
 
 from paml import storage
 from paml.cli import checked_settings
-from paml.compare.settings import CompareSettings, GridSettings
+from paml.compare.settings import CompareSettings, TrainingsSettings
 from paml.errors import SettingsError
 from paml.training.settings import TrainSettings, at_absolute_paths, flatten
 
@@ -97,7 +97,7 @@ def plan_grid(settings: CompareSettings, folder: str) -> Grid:
     return grid
 
 
-def base_settings(settings: GridSettings) -> dict[str, Any]:
+def base_settings(settings: TrainingsSettings) -> dict[str, Any]:
     """The base and the common settings by dotted name. Raises SettingsError where the recipe cannot be read."""
     base = settings.base
     if isinstance(base, str):
@@ -111,7 +111,13 @@ def base_settings(settings: GridSettings) -> dict[str, Any]:
 
 
 def training(
-    settings: GridSettings, name: str, method: str, values: Mapping[str, Any], folder: str, *, searched: bool = False
+    settings: TrainingsSettings,
+    name: str,
+    method: str,
+    values: Mapping[str, Any],
+    folder: str,
+    *,
+    searched: bool = False,
 ) -> Training:
     """A training from its settings by dotted name; `searched` ones never open the test split."""
     place = {
@@ -141,7 +147,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name, flags=re.ASCII).strip("-.")
 
 
-def grid_folder(settings: GridSettings, name: str, folder: str) -> str:
+def grid_folder(settings: TrainingsSettings, name: str, folder: str) -> str:
     """Where what comes of a grid lies; relative paths begin at `folder`."""
     place = settings.storage
     if not storage.is_remote(place):

@@ -89,7 +89,11 @@ def candidates(settings: SearchSettings, folder: str) -> dict[str, list[Candidat
 
 def history_of(candidate: Candidate) -> list[dict[str, float]]:
     """Figures of the epochs that a candidate has behind it, by its newest checkpoint."""
-    folder = run_folder_of(candidate.training.settings)
+    return history_in(run_folder_of(candidate.training.settings))
+
+
+def history_in(folder: str) -> list[dict[str, float]]:
+    """Figures of the epochs that a run has behind it, by its newest checkpoint; none where it has none."""
     for name in reversed(committed(folder)):
         try:
             return read_checkpoint(folder, name, groups=()).facts["history"]
@@ -117,6 +121,11 @@ def recipe_of(settings: SearchSettings, method: str, values: Mapping[str, Any], 
     own = {name: value for name, value in settings.methods[method].items() if name != "space"}
     flat = _scored_as_trained(base_settings(settings), own, values) | {"run.name": f"{slug(method)}-best"}
     read_training(flat, f"method {method!r}")
+    return recipe_text(flat, opening)
+
+
+def recipe_text(flat: Mapping[str, Any], opening: Sequence[str]) -> str:
+    """Settings by dotted name as the YAML of a recipe. opening: lines of comment at its head."""
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         *groups, last = name.split(".")

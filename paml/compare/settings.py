@@ -1,24 +1,23 @@
-"""What a comparison and a search are told."""
+"""What a comparison, a search and a sweep are told."""
 
 import dataclasses
 from typing import Any, Literal
 
+from paml.cli import refuse_unknown
+from paml.compare.space import Axis, parse_space, size_of
 from paml.errors import SettingsError
 
 DataSet = Literal["voc", "coco", "nus", "cub", "openimages"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GridSettings:
-    """What a comparison and a search have in common: trainings that differ from one recipe in a few settings each."""
+class TrainingsSettings:
+    """What all jobs of many trainings have in common: trainings that differ from one recipe in a few settings each."""
 
     base: str | dict[str, Any] = "jobs/recipes/coco18.yaml"
     """Recipe of a training that all others begin from: a file, or the settings themselves."""
     common: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings by dotted name on top of it, for all trainings: {epochs: 6}."""
-    methods: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    """Method -> its settings by dotted name: {loss.name: ll-r, boost.train: 5}. Without boost.eval a method is scored
-    with the alpha that it is trained with. See the job's own help for the further key that a method may hold."""
     storage: str = "runs/compare"
     """Folder of all trainings and of what comes of them, local or s3://."""
     experiment: str = "compare"
@@ -35,12 +34,24 @@ class GridSettings:
     """Ray cluster to join; null takes RAY_ADDRESS, else starts one in this process."""
 
     def __post_init__(self) -> None:
-        if not self.methods:
-            raise SettingsError("methods is empty; name at least one, such as {LL-R: {loss.name: ll-r}}")
         if self.cpus_per_run < 1:
             raise SettingsError(f"cpus_per_run is {self.cpus_per_run}; it must be at least 1")
         if self.at_once is not None and self.at_once < 0:
             raise SettingsError(f"at_once is {self.at_once}; it must be at least 0, or null")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridSettings(TrainingsSettings):
+    """What a comparison and a search have in common: methods, each a few settings on top of the base."""
+
+    methods: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Method -> its settings by dotted name: {loss.name: ll-r, boost.train: 5}. Without boost.eval a method is scored
+    with the alpha that it is trained with. See the job's own help for the further key that a method may hold."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.methods:
+            raise SettingsError("methods is empty; name at least one, such as {LL-R: {loss.name: ll-r}}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,3 +118,109 @@ class SearchSettings(GridSettings):
         for name, least in (("configurations", 1), ("first_epochs", 1), ("eta", 2)):
             if getattr(self, name) < least:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+OWN_TO_A_SWEEP = ("run.", "workers.", "metrics.", "data.root", "data.validation_split", "data.test_split")
+"""Settings that a sweep does not vary: where its trials lie, who computes them, and what they are scored on."""
+LENGTHS = ("epochs", "linear_init.epochs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepSettings(TrainingsSettings):
+    """Ray Tune over any settings of a training, by validation mAP; the test split is never opened.
+
+    A trial with workers.num_workers 0 or 1 in base and common is trained in a process of its own (1 also takes a GPU
+    where there is one), one with more as Ray Train workers below it.
+    """
+
+    base: str | dict[str, Any] = "jobs/recipes/openimages_v3.yaml"
+    """Recipe of a training that all trials begin from: a file, or the settings themselves."""
+    storage: str = "runs/sweep"
+    """Folder of all trials and of what comes of them, local or s3://."""
+    experiment: str = "sweep"
+    """MLflow experiment."""
+    at_once: int | None = None
+    """Trials at the same time; null for as many as the cluster's CPUs and GPUs hold, of those with Ray Train workers
+    one."""
+    name: str = "sweep"
+    """Folder below `storage` of the table, the pictures and the best recipe, first part of the trials' names, and name
+    of the MLflow run that holds theirs."""
+    space: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Dotted name -> what it may be: a list of values, {uniform: [low, high]}, {log_uniform: [low, high]} or
+    {int: [low, high]}, uniform and int also with step. Names joined by commas move together, a value being a list of
+    one each or one for all: {"boost.train, boost.eval": [[1, 1], [1, 5], [5, 5]]} tries where the boost acts. Without a
+    word on boost.eval a trial is scored with the alpha that it is trained with."""
+    search: Literal["random", "grid", "optuna"] = "optuna"
+    """How points are chosen: at random, all of a space without ranges, or by Optuna's TPE (ten at random first)."""
+    trials: int | None = None
+    """How many points; null for all of a grid. More of them may be asked for later."""
+    seed: int = 0
+    """Of the choice of points; the trainings' own is in the base."""
+    scheduler: Literal["asha", "median", "none"] = "asha"
+    """Which trials are stopped early: those not in the best 1/eta of the trials that have come as far, at epochs that
+    grow by eta (asha), or those whose best epoch is below the median of the others' running means (median)."""
+    first_epochs: int = 2
+    """Epochs, after those of linear_init, before any trial is stopped. The first one rejects nothing yet."""
+    eta: int = 3
+    """Of asha."""
+    median_of: int = 4
+    """Trials that must have come as far before one is stopped by their median."""
+    max_failures: int = 2
+    """Times that a trial whose process or workers died is started again, from its newest checkpoint."""
+    plan: bool = False
+    """True says what would be trained, and trains nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.name or any(sign in self.name for sign in "/\\ \t\n"):
+            raise SettingsError(f"name is {self.name!r}; it names a folder: no blanks, no slashes")
+        if self.at_once == 0:
+            raise SettingsError("at_once is 0; a sweep needs Ray, so give at least 1, or null")
+        least = {"first_epochs": 1, "eta": 2, "median_of": 2, "max_failures": 0}
+        for name, value in [*least.items(), *([] if self.trials is None else [("trials", 1)])]:
+            if getattr(self, name) < value:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least {value}")
+        for name, allowed in (("search", ("random", "grid", "optuna")), ("scheduler", ("asha", "median", "none"))):
+            if getattr(self, name) not in allowed:
+                raise SettingsError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
+        if not self.space:
+            raise SettingsError("space is empty; vary at least one setting: {loss.reject_rate_step: [0.001, 0.002]}")
+        self._check_names()
+        size = size_of(self.axes)
+        if self.search == "grid" and size == float("inf"):
+            ranges = [axis.name for axis in self.axes if axis.grid is None]
+            raise SettingsError(f"search is grid, but {', '.join(ranges)} has no step: give one, or a list of values")
+        if self.search != "grid" and self.trials is None:
+            raise SettingsError(f"trials is null; a search by {self.search} needs a number")
+        if self.search == "random" and self.trials is not None and self.trials > size:
+            raise SettingsError(f"trials is {self.trials}, but the space holds {size:g} points: ask for no more")
+
+    def _check_names(self) -> None:
+        from paml.training.settings import TrainSettings, flatten  # torch, which --help does not wait for
+
+        names = [name for axis in self.axes for name in axis.names]
+        refuse_unknown(names, flatten(TrainSettings()), "space")
+        for name in names:
+            if name.startswith(OWN_TO_A_SWEEP):
+                raise SettingsError(
+                    f"space: {name!r} cannot be varied: it says where trials lie, who computes them or what they are "
+                    "scored on, which is the same for all. Set it in common"
+                )
+            if name in LENGTHS and self.scheduler != "none":
+                raise SettingsError(
+                    f"space: {name!r} cannot be varied under scheduler {self.scheduler}, which compares trials of one "
+                    "length epoch by epoch: set it in common, or take scheduler none"
+                )
+            if name in self.common:
+                raise SettingsError(f"space: {name!r} is set in common, too: take it out of one")
+
+    @property
+    def axes(self) -> list[Axis]:
+        """What `space` says."""
+        return parse_space(self.space)
+
+    @property
+    def count(self) -> int:
+        """Trials in all."""
+        size = size_of(self.axes)
+        return int(min(size, self.trials or size)) if self.search == "grid" else self.trials or 0

@@ -3,9 +3,14 @@
 import json
 import logging
 import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 _STAYS = "~/paml"
 STORAGE_VARIABLES = ("AWS_", "PAML_", "NO_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "SSL_CERT_FILE")
 """Beginnings of the environment variables that reading and writing depend on."""
@@ -16,13 +21,35 @@ def is_at_hand() -> bool:
     return bool(os.environ.get("RAY_ADDRESS")) or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def join(address: str | None = None) -> None:
-    """Join the cluster of `address` or RAY_ADDRESS; where there is none, start Ray in this process."""
+def join(address: str | None = None, environment: dict[str, Any] | None = None) -> None:
+    """Join the cluster of `address` or RAY_ADDRESS; where there is none, start Ray in this process.
+
+    environment: the runtime environment of all this driver's actors and tasks, where they cannot be given their own.
+    """
     import ray  # seconds, and not needed to ask the questions below
 
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, runtime_env=environment or None)
+
+
+def beside(work: Callable[[], T]) -> T:
+    """Call `work` in a thread of its own and return what it returns.
+
+    A main thread within ray.get() heeds no signal, and a stopped job has three seconds.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="ray", daemon=True).start()
+    while not outcome.done():
+        time.sleep(0.2)
+    return outcome.result()
 
 
 def leave() -> None:

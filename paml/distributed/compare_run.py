@@ -12,7 +12,7 @@ import yaml
 
 from paml import storage
 from paml.compare.grid import Grid, grid_folder, other_budgets, plan_grid
-from paml.compare.settings import CompareSettings, GridSettings
+from paml.compare.settings import CompareSettings, TrainingsSettings
 from paml.compare.table import (
     Line,
     as_csv,
@@ -66,7 +66,7 @@ def run_compare(settings: CompareSettings) -> int:
 
 
 def tracked(
-    settings: GridSettings,
+    settings: TrainingsSettings,
     name: str,
     folder: str,
     note: str,
@@ -107,14 +107,14 @@ def tracked(
     return status
 
 
-def _note_settings(journal: Journal, settings: GridSettings) -> None:
+def _note_settings(journal: Journal, settings: TrainingsSettings) -> None:
     """Whole as artifact; as parameters what is no mapping, since methods have names that MLflow does not take."""
     values = plain(dataclasses.asdict(settings))
     journal.artifact_bytes(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode(), "settings.yaml")
     journal.params({name: value for name, value in values.items() if not isinstance(value, dict)})
 
 
-def _base_name(settings: GridSettings) -> str:
+def _base_name(settings: TrainingsSettings) -> str:
     return settings.base if isinstance(settings.base, str) else "given in the settings"
 
 

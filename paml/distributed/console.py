@@ -6,7 +6,7 @@ Lines come out bare and in order, and a bar moves where the driver has a termina
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import ray
 from ray.actor import ActorHandle
@@ -76,10 +76,12 @@ class ConsoleHandler(logging.Handler):
 
 
 @contextlib.contextmanager
-def printing(console: ActorHandle, every_seconds: float = 0.5) -> Iterator[None]:
-    """Print in this process what the console holds, until the block ends."""
+def printing(
+    console: ActorHandle, every_seconds: float = 0.5, say: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Print in this process, or give to `say`, what the console holds, until the block ends."""
     over = threading.Event()
-    thread = threading.Thread(target=_print, args=(console, over, every_seconds), daemon=True)
+    thread = threading.Thread(target=_print, args=(console, over, every_seconds, say or _say), daemon=True)
     thread.start()
     try:
         yield
@@ -88,7 +90,11 @@ def printing(console: ActorHandle, every_seconds: float = 0.5) -> Iterator[None]
         thread.join(1)  # a stopped job has three seconds in all
 
 
-def _print(console: ActorHandle, over: threading.Event, every_seconds: float) -> None:
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _print(console: ActorHandle, over: threading.Event, every_seconds: float, say: Callable[[str], None]) -> None:
     shown: tuple[str, Progress, int] | None = None
     last = False
     while not last:
@@ -101,7 +107,7 @@ def _print(console: ActorHandle, over: threading.Event, every_seconds: float) ->
             shown[1].close()
             shown = None
         for line in lines:
-            print(line, flush=True)
+            say(line)
         if bar is not None and bar[1] < bar[2]:
             if shown is None:
                 shown = (bar[0], terminal_bar(bar[0], bar[2]), 0)

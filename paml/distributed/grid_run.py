@@ -13,7 +13,7 @@ from typing import Any
 from paml import storage
 from paml.compare.grid import Training
 from paml.compare.progress import Progress
-from paml.compare.settings import GridSettings
+from paml.compare.settings import TrainingsSettings
 from paml.distributed import cluster
 from paml.distributed.run import train_run
 from paml.errors import PamlError
@@ -46,7 +46,7 @@ def check_trainings(trainings: Sequence[Training]) -> None:
             storage.ensure_writable(folder)
 
 
-def join_cluster(trainings: Sequence[Training], settings: GridSettings) -> None:
+def join_cluster(trainings: Sequence[Training], settings: TrainingsSettings) -> None:
     """Join the cluster if any of them needs one. To be called before signals are caught: Ray takes them for itself."""
     workers = [each.settings.workers for each in trainings if each.settings.workers.num_workers > 0]
     if workers:
@@ -59,7 +59,7 @@ def join_cluster(trainings: Sequence[Training], settings: GridSettings) -> None:
 
 def train_all(
     trainings: Sequence[Training],
-    settings: GridSettings,
+    settings: TrainingsSettings,
     *,
     done: int,
     tags: Mapping[str, str],
@@ -119,7 +119,7 @@ class _Job:
 
 def _train_on_ray(
     trainings: Sequence[Training],
-    settings: GridSettings,
+    settings: TrainingsSettings,
     progress: Progress,
     tags: Mapping[str, str],
     last_epoch: int | None,

@@ -5,16 +5,15 @@ import logging
 import os
 import re
 import sys
-import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 from ray.exceptions import RayActorError
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from paml import storage
@@ -54,33 +53,35 @@ def resources_per_worker(settings: WorkerSettings, cluster: dict[str, float]) ->
     return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
 
 
-def train_on_ray(settings: TrainSettings, run_folder: str, last_epoch: int | None = None) -> Result:
+def train_on_ray(
+    settings: TrainSettings,
+    run_folder: str,
+    last_epoch: int | None = None,
+    *,
+    say: Callable[[str], None] | None = None,
+    callbacks: Sequence[UserCallback] = (),
+) -> Result:
     """Run the loop on Ray Train workers. Lost workers are replaced `workers.max_failures` times, each time from the
     newest checkpoint. With `last_epoch` it breaks off after that epoch, and the result is empty. Raises PamlError for
     what starting again would only repeat, RuntimeError for a lost cause.
 
-    Ray runs in a thread: a main thread within ray.get() heeds no signal, and a stopped job has three seconds.
+    say: hears the workers' lines instead of the terminal. callbacks: Ray Train's, called in its controller.
     """
-    outcome: Future[Result] = Future()
-
-    def work() -> None:
-        try:
-            outcome.set_result(_attempts(settings, run_folder, last_epoch))
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=work, name="ray-train", daemon=True).start()
-    while not outcome.done():
-        time.sleep(0.2)
-    return outcome.result()
+    return cluster.beside(lambda: _attempts(settings, run_folder, last_epoch, say, callbacks))
 
 
-def _attempts(settings: TrainSettings, run_folder: str, last_epoch: int | None) -> Result:
+def _attempts(
+    settings: TrainSettings,
+    run_folder: str,
+    last_epoch: int | None,
+    say: Callable[[str], None] | None,
+    callbacks: Sequence[UserCallback],
+) -> Result:
     resources = resources_per_worker(settings.workers, dict(ray.cluster_resources()))
     console: Any = ray.remote(num_cpus=0)(Console).remote()  # pyright: ignore[reportFunctionMemberAccess]
     for attempt in range(settings.workers.max_failures + 1):
-        with printing(console):
-            failure = _fit(settings, run_folder, resources, console, last_epoch)
+        with printing(console, say=say):
+            failure = _fit(settings, run_folder, resources, console, last_epoch, callbacks)
         if failure is None and last_epoch is not None:
             return Result({}, {}, [])
         if failure is None:
@@ -122,7 +123,12 @@ def _last_line(error: BaseException) -> str:
 
 
 def _fit(
-    settings: TrainSettings, run_folder: str, resources: dict, console: Any, last_epoch: int | None
+    settings: TrainSettings,
+    run_folder: str,
+    resources: dict,
+    console: Any,
+    last_epoch: int | None,
+    callbacks: Sequence[UserCallback],
 ) -> BaseException | None:
     """One attempt; None when it finished. Its name is new each time, so Ray never takes up an old one in silence."""
     trainer = TorchTrainer(
@@ -142,7 +148,8 @@ def _fit(
         ),
         run_config=RunConfig(
             name=f"{settings.run.name}-{time.time_ns()}",
-            storage_path=_ray_storage(run_folder),
+            storage_path=ray_storage(run_folder),
+            callbacks=list(callbacks),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             worker_runtime_env=cluster.task_environment(),
             logging_config=LoggingConfig(log_level="WARNING"),
@@ -155,7 +162,7 @@ def _fit(
     return None
 
 
-def _ray_storage(run_folder: str) -> str:
+def ray_storage(run_folder: str) -> str:
     """Where Ray keeps its own notes of an attempt; nothing of ours depends on them."""
     folder = storage.join(run_folder, "ray")
     return folder if storage.is_remote(folder) else str(Path(folder).resolve())
@@ -172,7 +179,7 @@ def _worker(config: dict[str, Any]) -> None:
         journal=Journal(run_folder, "rank0") if world.first else None,
         say=lambda line: ray.get(console.say.remote(line)),
         bar=(lambda title, images: RemoteBar(console, title, images)) if world.first else Watcher.bar,
-        epoch_done=lambda figures: ray.train.report({"epoch": figures["epoch"], "val_map": figures["val/map"]}),
+        epoch_done=lambda figures: ray.train.report(dict(figures)),
     )
     try:
         result = train(settings, world, watcher, config["last_epoch"])

@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,18 +66,20 @@ def train_run(
     tags: Mapping[str, str] | None = None,
     last_epoch: int | None = None,
     again: str | None = None,
+    launch: Callable[[TrainSettings, str], Result] | None = None,
 ) -> MlflowFollower | None:
     """`run_training` at absolute paths, alone or as one of many; returns the follower whose MLflow holds all of it.
 
     say: hears the run's lines (not those of Ray Train workers, which have a console of their own). tags: added to the
     run's own. last_epoch: as in `paml.training.loop.train`; it leaves no report.
-    again: what to tell somebody who stops the run. Raises as `run_training` does.
+    again: what to tell somebody who stops the run. launch: runs the loop, given settings and run folder, in the place
+    of what `settings.workers` says. Raises as `run_training` does.
     """
     run_folder = run_folder_of(settings)
     data = open_data(settings.data)
     claim_run(settings, run_folder)
     journal = Journal(run_folder, "driver")
-    follower = None
+    follower = sampler = None
     if settings.workers.num_workers > 0:
         from paml.distributed.ray_train import connect
 
@@ -87,13 +90,17 @@ def train_run(
             if settings.run.mlflow:
                 follower = MlflowFollower(run_folder, storage_root=settings.run.storage)
             sampler = SystemSampler(journal, settings.run.system_seconds) if settings.run.system_seconds else None
-            result = _train(settings, run_folder, say, last_epoch)
+            result = launch(settings, run_folder) if launch else _train(settings, run_folder, say, last_epoch)
             if sampler is not None:
                 sampler.close()
             if last_epoch is None:
                 _report(result, settings, data, run_folder, journal)
                 storage.write_bytes(storage.join(run_folder, "result.json"), json.dumps(result.to_json()).encode())
             journal.status("FINISHED")
+        except SystemExit:  # Ray Tune ends a trial between two epochs: the sweep knows why, and notes it
+            if sampler is not None:
+                sampler.close()
+            raise
         except KeyboardInterrupt:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
@@ -139,8 +146,14 @@ def claim_run(settings: TrainSettings, run_folder: str) -> None:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C become Stopped; yields the signals so far. `ray job stop` leaves three seconds."""
+    """SIGTERM and Ctrl-C become Stopped; yields the signals so far. `ray job stop` leaves three seconds.
+
+    Signals are the main thread's: in any other one nothing changes.
+    """
     signals: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
 
     def stop(number: int, frame: object) -> None:
         signals.append(number)

@@ -8,7 +8,8 @@ import pytest
 from paml.cli import read_settings
 from paml.compare.grid import plan_grid
 from paml.compare.halving import candidates
-from paml.compare.settings import CompareSettings, SearchSettings
+from paml.compare.settings import CompareSettings, SearchSettings, SweepSettings
+from paml.compare.trials import plan_sweep
 from paml.prepare import PrepareSettings
 from paml.training.settings import TrainSettings
 from tests.helpers.jobs import ROOT
@@ -22,6 +23,8 @@ def kind_of(recipe: Path) -> type:
         return CompareSettings
     if recipe.stem.startswith("search_"):
         return SearchSettings
+    if recipe.stem.startswith("sweep_"):
+        return SweepSettings
     return PrepareSettings if recipe.stem.startswith("prepare_") or recipe.stem.endswith("_data") else TrainSettings
 
 
@@ -32,6 +35,8 @@ def test_recipe_is_read(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     settings = read_settings(kind_of(recipe), "")
     if isinstance(settings, SearchSettings):
         assert candidates(settings, str(ROOT))
+    if isinstance(settings, SweepSettings):
+        assert plan_sweep(settings, str(ROOT)).settings.count > 1
     monkeypatch.setattr(sys, "argv", ["job", "--config", str(recipe), "--print_config"])
     with pytest.raises(SystemExit) as stop:
         read_settings(kind_of(recipe), "")

@@ -1,0 +1,294 @@
+"""The trials of a sweep: what each one tries, how it ended, the table of all and the recipe of the best.
+
+A sweep's folder holds one small file a trial, written whole or not at all and by the driver alone. With the trials' own
+checkpoints it is all that a sweep needs to go on after any kill.
+"""
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from paml import storage
+from paml.compare.grid import Training, base_settings, grid_folder, read_training, training
+from paml.compare.halving import history_in, recipe_text
+from paml.compare.progress import spoken
+from paml.compare.settings import SweepSettings
+from paml.compare.space import Axis, Known, grid_points, optuna_point, random_points
+from paml.errors import SettingsError
+
+SCHEMA_VERSION = 1
+NAN = math.nan
+MAY_DIFFER = ("trials", "at_once", "cpus_per_run", "max_failures", "address", "mlflow", "plan", "storage", "experiment")
+"""Settings that a sweep which goes on may change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One point of the space and what came of it."""
+
+    number: int
+    """From 1."""
+    point: dict[str, Any]
+    """Name of an axis -> its value."""
+    state: Literal["running", "finished", "stopped", "failed"]
+    scores: tuple[float, ...] = ()
+    """Validation mAP of its epochs, those of the head alone left out; -1 where it was no number."""
+    seconds: float = 0.0
+    """Of its starts that came to an end; what a killed one took is not known."""
+    error: str | None = None
+    lasting: bool = False
+    """Whether its error would come again, so that the sweep does not start it again."""
+
+    @property
+    def score(self) -> float:
+        """Of the best epoch; NaN where there is none."""
+        return max(self.scores, default=NAN)
+
+    @property
+    def epoch(self) -> int:
+        """The best epoch, from 1; 0 where there is none."""
+        return self.scores.index(self.score) + 1 if self.scores else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep's settings, read once and complete, so that any process can make a trial's settings of them."""
+
+    settings: SweepSettings
+    base: dict[str, Any]
+    """The base recipe and the common settings, by dotted name."""
+    origin: str
+    """Where relative paths begin."""
+
+    @property
+    def folder(self) -> str:
+        """Of the records, the table, the pictures and the recipe."""
+        return grid_folder(self.settings, self.settings.name, self.origin)
+
+    @property
+    def axes(self) -> list[Axis]:
+        """Of the space."""
+        return self.settings.axes
+
+    def values(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """What a point sets, by dotted name."""
+        values = {name: value for axis in self.axes for name, value in axis.settings(point[axis.name]).items()}
+        if "boost.train" in values and "boost.eval" not in values:
+            values["boost.eval"] = values["boost.train"]
+        return values
+
+    def training(self, number: int, point: Mapping[str, Any]) -> Training:
+        """A trial's training. It cannot open the test split. Raises SettingsError where the values do not fit."""
+        name = f"{self.settings.name}-{number:04d}"
+        flat = {**self.base, **self.values(point), "boost.eval_also": []}
+        return training(self.settings, name, f"trial {number}", flat, self.origin, searched=True)
+
+    def run_folder(self, number: int) -> str:
+        """Of a trial's training."""
+        root = self.folder.rpartition("/")[0]
+        return storage.join(root, f"{self.settings.name}-{number:04d}")
+
+
+def plan_sweep(settings: SweepSettings, origin: str) -> Sweep:
+    """Read the base recipe and try every end of every axis; relative paths of data and storage begin at `origin`.
+
+    Raises SettingsError, before anything is trained, for a recipe that cannot be read and for values that a training
+    refuses.
+    """
+    base = base_settings(settings)
+    sweep = Sweep(settings, base, origin)
+    plain = {**base, "boost.eval_also": [], "data.test_split": None}
+    read_training(plain, "base")
+    for axis in settings.axes:
+        for value in axis.ends:
+            read_training({**plain, **axis.settings(value)}, f"space: {axis.name!r}")
+    return sweep
+
+
+def claim_sweep(sweep: Sweep) -> None:
+    """Note what the sweep is, or refuse to go on with one that is another.
+
+    Raises SettingsError that names what differs; `MAY_DIFFER` may.
+    """
+    path = storage.join(sweep.folder, "sweep.json")
+    facts = {name: value for name, value in dataclasses.asdict(sweep.settings).items() if name not in MAY_DIFFER}
+    facts = json.loads(json.dumps({**facts, "base": sweep.base, "common": {}, "schema_version": SCHEMA_VERSION}))
+    storage.ensure_writable(sweep.folder)
+    try:
+        storage.write_bytes(path, json.dumps(facts, indent=1).encode(), if_absent=True)
+        return
+    except FileExistsError:
+        then = json.loads(storage.read_bytes(path))
+    differing = [
+        f"{name}: {then.get(name)!r} then, {facts.get(name)!r} now"
+        for name in sorted(then.keys() | facts.keys())
+        if name != "base" and then.get(name) != facts.get(name)
+    ]
+    bases = then.get("base", {})
+    differing += [
+        f"{name} of the base: {bases.get(name)!r} then, {facts['base'].get(name)!r} now"
+        for name in sorted(bases.keys() | facts["base"].keys())
+        if bases.get(name) != facts["base"].get(name)
+    ]
+    if differing:
+        raise SettingsError(
+            f"{sweep.folder} holds a sweep of other settings: {'; '.join(differing)}. Give the new one another name; "
+            f"to go on with the old one only {', '.join(MAY_DIFFER)} may differ"
+        )
+
+
+def write_trial(sweep: Sweep, trial: Trial) -> None:
+    """Note how a trial stands, in the place of what was noted before."""
+    facts = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(trial)}
+    path = storage.join(sweep.folder, "trials", f"{trial.number:04d}.json")
+    storage.write_bytes(path, json.dumps(facts).encode())
+
+
+def read_trial(sweep: Sweep, number: int) -> Trial:
+    """What was noted of a trial."""
+    facts = json.loads(storage.read_bytes(storage.join(sweep.folder, "trials", f"{number:04d}.json")))
+    if facts.pop("schema_version") != SCHEMA_VERSION:
+        raise SettingsError(f"{sweep.folder} was written by another paml: go on with that one, or give another name")
+    return Trial(**{**facts, "scores": tuple(facts["scores"])})
+
+
+def read_trials(sweep: Sweep) -> dict[int, Trial]:
+    """All trials begun so far, by number. One that its process brought to the end counts as finished, noted or not."""
+    files = storage.list_files(storage.join(sweep.folder, "trials"))
+    found = {}
+    for number in sorted(int(name[:-5]) for name in files if name.endswith(".json")):
+        trial = read_trial(sweep, number)
+        if trial.state == "running" and is_whole(sweep, number):
+            trial = dataclasses.replace(trial, state="finished", scores=scores_in(sweep.run_folder(number)))
+        found[number] = trial
+    return found
+
+
+def is_whole(sweep: Sweep, number: int) -> bool:
+    """Whether a trial's training has come to its end."""
+    return storage.exists(storage.join(sweep.run_folder(number), "result.json"))
+
+
+def scores_in(run_folder: str) -> tuple[float, ...]:
+    """Validation mAP of a run's epochs so far, by its newest checkpoint."""
+    return tuple(map(score_of, (one for one in history_in(run_folder) if not is_of_head(one))))
+
+
+def is_of_head(figures: Mapping[str, float]) -> bool:
+    """Whether an epoch has trained the head alone, which tells nothing of most settings."""
+    return bool(figures.get("train/head_only", 0))
+
+
+def score_of(figures: Mapping[str, float]) -> float:
+    """An epoch's validation mAP; -1 where it is no number, so that it counts as worst."""
+    value = figures["val/map"]
+    return value if value == value else -1.0
+
+
+def next_point(sweep: Sweep, number: int, trials: Mapping[int, Trial]) -> dict[str, Any] | None:
+    """What trial `number` tries; None where the space has no more. `trials`: all that were begun."""
+    settings = sweep.settings
+    if settings.search == "grid":
+        points = grid_points(sweep.axes, settings.count, settings.seed)
+        return points[number - 1] if number <= len(points) else None
+    if settings.search == "random":
+        return next(itertools.islice(random_points(sweep.axes, settings.seed), number - 1, None), None)
+    known = [Known(trial.point, trial.state, trial.scores) for trial in trials.values()]
+    return optuna_point(sweep.axes, number, settings.seed, known)
+
+
+def best_trial(trials: Iterable[Trial]) -> Trial | None:
+    """The best of those trained to their end; where there are none, of all that have a score."""
+    scored = [trial for trial in trials if trial.scores]
+    whole = [trial for trial in scored if trial.state == "finished"]
+    return max(whole or scored, key=lambda trial: (trial.score, -trial.number), default=None)
+
+
+def ranked(trials: Iterable[Trial]) -> list[Trial]:
+    """The best first, those without a score last."""
+    return sorted(trials, key=lambda trial: (-trial.score if trial.scores else math.inf, trial.number))
+
+
+def as_text(sweep: Sweep, trials: Iterable[Trial]) -> str:
+    """The table of trials, the best first; validation mAP in percent."""
+    names = [axis.name for axis in sweep.axes]
+    rows = [["trial", "val mAP", "epoch", "of", "state", "time", *names]]
+    for trial in ranked(trials):
+        score = f"{100 * trial.score:.2f}" if trial.scores else "-"
+        cells = [str(trial.number), score, str(trial.epoch or "-"), str(len(trial.scores)), trial.state]
+        rows.append([*cells, spoken(trial.seconds), *(shown(trial.point[name]) for name in names)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def as_csv(sweep: Sweep, trials: Iterable[Trial]) -> str:
+    """The same for programs; validation mAP is a fraction, `scores` those of all epochs."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = [axis.name for axis in sweep.axes]
+    writer.writerow(["trial", "val_map", "epoch", "epochs", "state", "seconds", *names, "scores", "error"])
+    for trial in ranked(trials):
+        cells = [trial.number, trial.score if trial.scores else "", trial.epoch or "", len(trial.scores), trial.state]
+        values = [json.dumps(value) if isinstance(value, list) else value for value in (trial.point[n] for n in names)]
+        scores = " ".join(f"{score:.6f}" for score in trial.scores)
+        writer.writerow([*cells, round(trial.seconds, 1), *values, scores, trial.error or ""])
+    return out.getvalue()
+
+
+def shown(value: Any) -> str:
+    """A value of an axis in a table or a picture."""
+    if isinstance(value, (list, tuple)):
+        return "/".join(shown(one) for one in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def best_recipe(sweep: Sweep, best: Trial, trials: Sequence[Trial], path: str) -> str:
+    """The best trial as YAML for the training job, the test split as in the base. path: where it will lie."""
+    flat = {**sweep.base, **sweep.values(best.point), "boost.eval_also": [], "run.name": f"{sweep.settings.name}-best"}
+    read_training(flat, f"trial {best.number}")
+    ends = ", ".join(f"{count} {state}" for state, count in counted(trials).items())
+    said = ", ".join(f"{name} {shown(value)}" for name, value in best.point.items())
+    opening = [
+        f"python jobs/train_openimages.py --config {path}",
+        f"The best of {len(trials)} trials ({ends}) by validation mAP, searched by {sweep.settings.search}:",
+        f"val mAP {100 * best.score:.2f} in epoch {best.epoch} with {said} (trial {best.number}).",
+        "The test split was not looked at; this training scores it, once.",
+    ]
+    return recipe_text(flat, opening)
+
+
+def counted(trials: Iterable[Trial]) -> dict[str, int]:
+    """State -> how many, those of none left out."""
+    states = [trial.state for trial in trials]
+    return {state: states.count(state) for state in ("finished", "stopped", "failed", "running") if state in states}
+
+
+def said_plan(sweep: Sweep, trials: Mapping[int, Trial], epochs: int) -> str:
+    """What a sweep would train: trials, space, and a budget in epochs, in hours where trials have told theirs.
+
+    epochs: of a whole training.
+    """
+    settings = sweep.settings
+    due = settings.count - sum(trial.state in ("finished", "stopped") for trial in trials.values())
+    first = min(settings.first_epochs, epochs)
+    least = due * epochs if settings.scheduler == "none" else epochs + max(0, due - 1) * first
+    lines = [
+        f"{settings.count} trials by {settings.search} search, {due} to be trained, scheduler {settings.scheduler}, "
+        f"in {sweep.folder}",
+        *(f"  {axis}" for axis in sweep.axes),
+        f"epochs: {least:,} to {due * epochs:,}",
+    ]
+    timed = [trial for trial in trials.values() if trial.scores and trial.seconds]
+    if timed:
+        each = sum(trial.seconds for trial in timed) / sum(len(trial.scores) for trial in timed)
+        lines.append(
+            f"hours of one trial at a time, by {len(timed)} trials so far: {each * least / 3600:.1f} to "
+            f"{each * due * epochs / 3600:.1f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,26 @@
+"""Forty trials in a row with early stops on two cores, killed twice: no trial lost, no leak, no stall."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.jobs import prepare_scenes, write_scenes
+from tests.helpers.sweeps import SPACE, sweep_with_two_kills, tiny_sweep
+from tests.jobs.test_sweep import check, train_the_best
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_forty_trials_killed_twice(tmp_path: Path):
+    data = prepare_scenes(write_scenes(tmp_path / "scenes", train=120, others=60), tmp_path / "data")
+    settings = tiny_sweep(data, tmp_path / "runs", trials=40, search="optuna", space=SPACE)
+    settings["base"] |= {"data.train_truth": None, "batch_size": 20, "eval_batch_size": 40}
+    sweeping = sweep_with_two_kills(settings, tmp_path, after=(12, 26))
+    states = [trial.state for trial in sweeping.trials.values()]
+    print(
+        f"\n{sweeping.seconds:.0f} s, {states.count('finished')} finished, {states.count('stopped')} stopped, "
+        f"{len(sweeping.kept)} kept over kills, {len(sweeping.interrupted)} resumed, leaks {sweeping.leaked}"
+    )
+    check(sweeping, tmp_path / "runs" / "sweep", 40)
+    assert states.count("stopped") >= 10
+    train_the_best(sweeping, tmp_path / "runs", data)
