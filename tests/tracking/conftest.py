@@ -42,7 +42,7 @@ class MlflowServer:
                 stderr=log,
                 start_new_session=True,
             )
-        for _ in range(600):
+        for _ in range(1800):
             try:
                 with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
                     return
