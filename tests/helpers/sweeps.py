@@ -60,7 +60,7 @@ def planned(settings: Mapping[str, Any]) -> Sweep:
 def sweep_job(settings: Mapping[str, Any], log: Path, *, env: Mapping[str, str], options: tuple[str, ...] = ()) -> Job:
     """`python jobs/tune_openimages.py` with these settings."""
     config = log.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(json.loads(json.dumps(dict(settings)))))
+    config.write_text(yaml.safe_dump(json.loads(json.dumps(dict(settings))), sort_keys=False))
     return Job([sys.executable, TUNE, "--config", str(config), *options], log, env=env)
 
 
