@@ -194,14 +194,10 @@ def optuna_point(axes: Sequence[Axis], number: int, seed: int, known: Sequence[K
     """What Optuna's tree-structured Parzen estimator tries as trial `number`, by all that is known.
 
     The first ten are drawn at random. A stopped trial counts by how far it came, one that runs is taken for a bad one
-    so that others look elsewhere, a failed one is left out. Raises SettingsError where Optuna is not installed.
+    so that others look elsewhere, a failed one is left out.
     """
-    try:
-        import optuna
-    except ImportError as error:
-        raise SettingsError(
-            'search is optuna, which is not installed: pip install "paml[tune]", or search by random or grid'
-        ) from error
+    import optuna  # a second, and of no use to the other searches
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(
         seed=random.Random(f"{seed}-{number}").randrange(2**31), n_startup_trials=_RANDOM_FIRST, constant_liar=True

@@ -117,7 +117,9 @@ def claim_sweep(sweep: Sweep) -> None:
     """
     path = storage.join(sweep.folder, "sweep.json")
     facts = {name: value for name, value in dataclasses.asdict(sweep.settings).items() if name not in MAY_DIFFER}
-    facts = json.loads(json.dumps({**facts, "base": sweep.base, "common": {}, "schema_version": SCHEMA_VERSION}))
+    facts |= {"base": sweep.base, "common": {}, "schema_version": SCHEMA_VERSION}
+    facts["space"] = list(sweep.settings.space.items())  # in order, which decides what is drawn
+    facts = json.loads(json.dumps(facts))
     storage.ensure_writable(sweep.folder)
     try:
         storage.write_bytes(path, json.dumps(facts, indent=1).encode(), if_absent=True)

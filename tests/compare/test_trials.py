@@ -30,7 +30,7 @@ from paml.compare.trials import (
 )
 from paml.errors import SettingsError
 from paml.training.settings import flatten
-from tests.helpers.sweeps import planned, tiny_sweep
+from tests.helpers.sweeps import SPACE, planned, tiny_sweep
 
 
 def made_up(sweep: Sweep, count: int) -> list[Trial]:
@@ -61,6 +61,7 @@ def test_records_come_back(tmp_path: Path):
     [
         ({"seed": 1}, "seed: 0 then, 1 now"),
         ({"space": {"loss.name": ["ll-r"]}, "trials": 1}, "space: .* then, .*ll-r.* now"),
+        ({"space": dict(reversed(SPACE.items()))}, "space: .* then, "),
         ({"scheduler": "median"}, "scheduler: 'asha' then, 'median' now"),
         ({"common": {"batch_size": 4}}, "batch_size of the base: 8 then, 4 now"),
     ],

@@ -60,7 +60,7 @@ def planned(settings: Mapping[str, Any]) -> Sweep:
 def sweep_job(settings: Mapping[str, Any], log: Path, *, env: Mapping[str, str], options: tuple[str, ...] = ()) -> Job:
     """`python jobs/tune_openimages.py` with these settings."""
     config = log.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(json.loads(json.dumps(dict(settings)))))
+    config.write_text(yaml.safe_dump(json.loads(json.dumps(dict(settings))), sort_keys=False))
     return Job([sys.executable, TUNE, "--config", str(config), *options], log, env=env)
 
 
@@ -103,7 +103,6 @@ def sweep_with_two_kills(settings: Mapping[str, Any], folder: Path, after: tuple
             with sweep_job(settings, folder / f"start-{place}.log", env=ray.environment) as job:
                 job.until(lambda n=number: len(ended(sweep)) >= n and unfinished(sweep), f"{number} trials", 1200)
                 kept |= ended(sweep)
-                interrupted |= set(unfinished(sweep))
                 if place == 0:
                     left = trial_processes(ray)
                     kill(psutil.Process(job.process.pid))
@@ -112,6 +111,8 @@ def sweep_with_two_kills(settings: Mapping[str, Any], folder: Path, after: tuple
                 else:
                     ray.kill()
                     assert job.wait(240) != 0
+                interrupted |= set(unfinished(sweep))
+                if place > 0:
                     ray.start()
                 said.append(job.output)
         with sweep_job(settings, folder / "start-last.log", env=ray.environment) as job:
