@@ -106,7 +106,7 @@ def test_every_package_of_an_image_has_a_locked_version():
 
 
 def test_what_the_packages_need_themselves_is_locked_too():
-    """As pip will resolve it, by the metadata of what is installed here: a version that is open is a build that drifts."""
+    """As pip will resolve it, by the metadata of what is installed here: an open version is a build that drifts."""
     todo = [Requirement(line) for line in script("dependencies").dependencies(str(ROOT / "pyproject.toml"), ["tune"])]
     seen: set[tuple[str, str]] = set()
     lock, absent = locked("requirements.lock"), set()

@@ -293,7 +293,7 @@ def _sources(image: str) -> str:
         for pattern in patterns:
             files += sorted(Path(spec.origin).parent.glob(pattern))
     if image == "paml-train":
-        files += sorted((ROOT / "paml").rglob("*.py")) + [ROOT / "docker" / "make_bucket.py"]
+        files += [*sorted((ROOT / "paml").rglob("*.py")), ROOT / "docker" / "make_bucket.py"]
     return "\n".join(file.read_text() for file in files)
 
 
