@@ -302,11 +302,15 @@ def test_a_gang_fits_the_queue():
         assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == queue["metadata"]["name"]
         cluster = job["spec"]["rayClusterSpec"]
         assert cluster["enableInTreeAutoscaling"] is False
-        assert all(each["minReplicas"] == each["replicas"] == each["maxReplicas"] for each in cluster["workerGroupSpecs"])
+        assert all(
+            each["minReplicas"] == each["replicas"] == each["maxReplicas"] for each in cluster["workerGroupSpecs"]
+        )
         times = [(1, cluster["headGroupSpec"]["template"]), (1, job["spec"]["submitterPodTemplate"])]
         times += [(each["replicas"], each["template"]) for each in cluster["workerGroupSpecs"]]
         for kind, most in quota.items():
-            asked = sum(n * quantity(c["resources"]["requests"].get(kind, 0)) for n, t in times for c in t["spec"]["containers"])
+            asked = sum(
+                n * quantity(c["resources"]["requests"].get(kind, 0)) for n, t in times for c in t["spec"]["containers"]
+            )
             assert asked <= most, (step, kind, asked, most)
 
 

@@ -293,7 +293,7 @@ def _sources(image: str) -> str:
         for pattern in patterns:
             files += sorted(Path(spec.origin).parent.glob(pattern))
     if image == "paml-train":
-        files += sorted((ROOT / "paml").rglob("*.py")) + [ROOT / "docker" / "make_bucket.py"]
+        files += [*sorted((ROOT / "paml").rglob("*.py")), ROOT / "docker" / "make_bucket.py"]
     return "\n".join(file.read_text() for file in files)
 
 
@@ -441,7 +441,9 @@ def _job_problems(where: str, spec: Object, groups: Sequence[Object]) -> list[st
         cpus = _number(r"--workers\.cpus_per_worker ([\d.]+)", entrypoint) or 1.0
         gpus = _number(r"--workers\.gpus_per_worker ([\d.]+)", entrypoint) or 0.0
         if workers * cpus > have["cpu"] or workers * gpus > have["nvidia.com/gpu"]:
-            found.append(f"{where}: {workers:.0f} workers of {cpus:g} CPUs and {gpus:g} GPUs, but its nodes have {have}")
+            found.append(
+                f"{where}: {workers:.0f} workers of {cpus:g} CPUs and {gpus:g} GPUs, but its nodes have {have}"
+            )
     if (trial := _number(r"--cpus_per_run (\d+)", entrypoint)) and trial > have["cpu"]:
         found.append(f"{where}: a trial takes {trial:.0f} CPUs, its nodes have {have['cpu']:.0f}")
     return found
