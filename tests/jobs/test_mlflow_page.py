@@ -3,17 +3,17 @@
 import html
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from paml.tracking.view import read_memory
+from tests.helpers.browser import find_browser
 from tests.helpers.jobs import environment, prepare_scenes, tiny_options, train_job, write_scenes
 from tests.tracking.conftest import MlflowServer
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = find_browser()
 
 
 def page(url: str, profile: Path) -> str:
