@@ -333,7 +333,7 @@ def test_the_guide_makes_every_secret():
     guide = (CLUSTER / "README.md").read_text()
     made = {
         (name, key)
-        for name, rest in re.findall(r"create secret generic (\S+)((?: *\\\n.*)+)", guide)
+        for name, rest in re.findall(r"create secret generic (\S+)(.*?)```", guide, re.DOTALL)
         for key in re.findall(r"--from-literal=([\w-]+)=", rest)
     }
     for overlay in OVERLAYS:
