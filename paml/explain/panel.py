@@ -115,6 +115,8 @@ def _draw_rows(figure, titles: Sequence[str], rows: Sequence[PanelRow]) -> None:
 
 
 def _curves(figure, runs: Sequence[OpenRun]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     score, rejected = figure.subplots(1, 2)
     for run in runs:
         epochs = [figures["epoch"] for figures in run.history]
@@ -129,6 +131,8 @@ def _curves(figure, runs: Sequence[OpenRun]) -> None:
     score.set(xlabel="epoch", ylabel="validation mAP, %")
     score.legend(fontsize=9)
     rejected.set(xlabel="epoch")
+    for axis in (score, rejected):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if rejected.patches:
         rejected.legend(fontsize=9)
 
