@@ -209,22 +209,27 @@ def _open_journal(journal: Journal, settings: TrainSettings, data: RunData, more
         )
 
 
-def _note(settings: TrainSettings, data: RunData, table: str | None = None) -> str:
-    """What stands at the head of the run's page, in Markdown: what the run is, its scores, how to repeat it."""
+def _note(settings: TrainSettings, data: RunData, rows: Mapping[str, Scores] | None = None) -> str:
+    """What stands at the head of the run's page, in Markdown: its scores, what it is, how to repeat it.
+
+    The page shows five lines of it before a click, so the scores come first.
+    """
     digests = ", ".join(f"{split.name} `{_data_digest(split)}`" for split in data.splits)
     versions = ", ".join(f"{name.removeprefix('version.')} {version}" for name, version in _versions().items())
     command = shlex.join([f"jobs/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    maps = "; ".join(f"**test mAP {100 * scores.map:.2f}** ({name})" for name, scores in (rows or {}).items())
     parts = [
+        maps or "No test scores yet.",
         f"**{settings.loss.name}**, boost {settings.boost.train:g} in training and {settings.boost.eval:g} in scoring, "
         f"{settings.model.backbone} at {data.image_size} px, on `{settings.data.root}` "
         f"({len(data.train.samples):,} images, {len(data.classes):,} classes).",
-        "The run has not ended: no test scores yet."
-        if table is None
-        else f"Test scores in percent, each alpha's epoch chosen on validation:\n\n```\n{table}\n```",
         f"**Repeat:** `python {command}`; every setting is in the artifact `settings.yaml`.",
         f"**Data** (digests of shards and labels): {digests}.",
         f"**Versions:** {versions}.",
     ]
+    if rows:
+        table = score_table(dict(rows))
+        parts.append(f"Test scores in percent, each alpha's epoch chosen on validation:\n\n```\n{table}\n```")
     return "\n\n".join(parts)
 
 
@@ -246,7 +251,7 @@ def _report(result: Result, settings: TrainSettings, data: RunData, run_folder: 
         table = score_table(rows)
         print(f"\ntest scores of {settings.run.name}, in percent\n{table}\n", flush=True)
         journal.artifact_bytes(table.encode(), "tables/test_scores.txt")
-        journal.note(_note(settings, data, table))
+        journal.note(_note(settings, data, rows))
     journal.artifact_bytes(json.dumps(_finite(result.history), indent=1).encode(), "tables/history.json")
     rejected = [
         {name.removeprefix("rejection/"): value for name, value in figures.items()} for figures in result.history
