@@ -91,7 +91,9 @@ def test_killed_and_started_again_it_gives_the_unbroken_scores(trained: str, tmp
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_trained_model_is_registered_calibrated_and_gives_its_scores_from_the_registry(tmp_path: Path) -> None:
+def test_a_trained_model_is_registered_calibrated_and_gives_its_scores_from_the_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = prepare_scenes(write_scenes(tmp_path / "scenes", train=60, others=20), tmp_path / "data")
     run = tmp_path / "runs" / "registered"
     options = tiny_options(data, tmp_path / "runs", "registered", epochs=1, run__mlflow="true", run__register="digits")
@@ -113,7 +115,8 @@ def test_a_trained_model_is_registered_calibrated_and_gives_its_scores_from_the_
 
     from paml.predict.predictor import open_predictor
 
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    # mlflow.set_tracking_uri would outlive this test, in the environment of all that come after it.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/runs/mlflow.db")
     loaded = mlflow.pyfunc.load_model("models:/digits@candidate")
     image = (next((tmp_path / "scenes" / "images" / "test").glob("*.jpg"))).read_bytes()
     (answer,) = loaded.predict(pandas.DataFrame({"image": [image]}), params={"top": 3})
