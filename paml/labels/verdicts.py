@@ -13,7 +13,7 @@ import io
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,19 +110,8 @@ def apply_verdicts(
     if images is not None:
         listed = pc.call_function("is_in", [pa.array(keys, pa.string())], pc.SetLookupOptions(as_strings(images)))
         known |= {key for key, here in zip(keys, listed.to_pylist(), strict=True) if here}
-    said: dict[tuple[str, int], list[tuple[int, tuple]]] = {}
-    for key, cls, state, row in sound:
-        if key in known:
-            said.setdefault((key, cls), []).append((state, row))
-        else:
-            rejects.append(("unknown_image", *row))
-    given: list[tuple[str, int, int]] = []
-    for (key, cls), answers in said.items():
-        one = len({state for state, _ in answers}) == 1
-        if one:
-            given.append((key, cls, answers[0][0]))
-        kind, lost = ("duplicate", answers[1:]) if one else ("contradiction", answers)
-        rejects += [(kind, *row) for _, row in lost]
+    given, lost = _settled(sound, known)
+    rejects += lost
     rejects_path = os.path.splitext(out)[0] + ".rejects.parquet"
     _write_rejects(rejects, rejects_path)
     if not given:
@@ -173,6 +162,27 @@ def apply_verdicts(
         rejected={kind: rejected[kind] for kind in KINDS},
         **counts,
     )
+
+
+def _settled(
+    sound: Sequence[tuple[str, int, int, tuple]], known: Container[str]
+) -> tuple[list[tuple[str, int, int]], list[tuple]]:
+    """(key, class, state) of every pair that was answered one way, and what is rejected: (kind, *row)."""
+    rejects: list[tuple] = []
+    said: dict[tuple[str, int], list[tuple[int, tuple]]] = {}
+    for key, cls, state, row in sound:
+        if key in known:
+            said.setdefault((key, cls), []).append((state, row))
+        else:
+            rejects.append(("unknown_image", *row))
+    given: list[tuple[str, int, int]] = []
+    for (key, cls), answers in said.items():
+        one = len({state for state, _ in answers}) == 1
+        if one:
+            given.append((key, cls, answers[0][0]))
+        kind, lost = ("duplicate", answers[1:]) if one else ("contradiction", answers)
+        rejects += [(kind, *row) for _, row in lost]
+    return given, rejects
 
 
 def _rows_of(path: str) -> Iterator[tuple[int, list[str]]]:
