@@ -16,6 +16,10 @@ from typing import Any
 
 import pytest
 
+SHOWN = """(body => {
+    body.querySelectorAll("script, style").forEach(part => part.remove());
+    return body.textContent.replace(/\\s+/g, " ");
+})(document.body ? document.body.cloneNode(true) : document.createElement("body"))"""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -27,7 +31,7 @@ def find_browser() -> str | None:
 class Browser:
     """One page in a headless Chromium, spoken to over its own debugging protocol."""
 
-    def __init__(self, profile: Path) -> None:
+    def __init__(self, profile: Path, height: int = 900) -> None:
         path = find_browser()
         if path is None:
             pytest.skip(f"no browser is installed (looked for {', '.join(NAMES)})")
@@ -38,7 +42,7 @@ class Browser:
                 "--no-sandbox",
                 "--disable-gpu",
                 "--disable-dev-shm-usage",
-                "--window-size=1280,900",
+                f"--window-size=1280,{height}",
                 "--remote-debugging-port=0",
                 f"--user-data-dir={profile}",
                 "about:blank",
@@ -119,6 +123,16 @@ class Browser:
         while self.run("document.readyState + location.href") != "complete" + page.as_uri():
             assert time.monotonic() < limit, "the page does not load"
             time.sleep(0.05)
+
+    def visit(self, url: str, *texts: str, limit_s: float = 180) -> str:
+        """Load a page whose scripts fetch what it shows, wait until all the texts stand in it, give its whole text."""
+        self.call("Page.navigate", url="about:blank")  # a change of the part behind `#` alone would load nothing
+        self.call("Page.navigate", url=url)
+        limit = time.monotonic() + limit_s
+        while missing := [text for text in texts if text not in (shown := self.run(SHOWN))]:
+            assert time.monotonic() < limit, f"{missing} are not shown by {url} within {limit_s:.0f} s, but: {shown}"
+            time.sleep(0.5)
+        return shown
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; promises are awaited."""
