@@ -144,7 +144,7 @@ class Loader:
         self.features = features
         self.bad: list[BadSample] = []
         self.traffic = Traffic()
-        """What was read from a bucket; complete when the iteration has ended."""
+        """What was read from a bucket so far and not taken; complete when the iteration has ended."""
 
     def __len__(self) -> int:
         return self.plan.steps - self.start
@@ -165,8 +165,14 @@ class Loader:
                 if len(waiting) > self.prefetch or (step >= self.plan.steps and waiting):
                     batch = self._finish(*waiting.popleft())
                     decoders.release(needs.done_after(batch.step))
+                    self.traffic.add(decoders.traffic())
                     yield batch
                     del batch  # or its memory could not be used again while the next ones are made
+
+    def take_traffic(self) -> Traffic:
+        """What was read from a bucket since the last call."""
+        taken, self.traffic = self.traffic, Traffic()
+        return taken
 
     def _end(self, decoders: Decoders) -> None:
         decoders.close()

@@ -12,6 +12,7 @@ import ray
 from ray.actor import ActorHandle
 
 from paml.training.loop import Progress, terminal_bar
+from paml.training.meter import PlacedFormatter
 
 
 class Console:
@@ -64,15 +65,21 @@ class RemoteBar:
 
 
 class ConsoleHandler(logging.Handler):
-    """Warnings of a worker's libraries, for the driver's console."""
+    """A worker's warnings for the driver's console, each with run, rank, epoch and step.
 
-    def __init__(self, console: ActorHandle) -> None:
+    Of the first worker all, of the others paml's own: what a library warns of it warns of everywhere.
+    """
+
+    def __init__(self, console: ActorHandle, *, first: bool) -> None:
         super().__init__(logging.WARNING)
         self._console = console
+        self.setFormatter(PlacedFormatter())
+        if not first:
+            self.addFilter(logging.Filter("paml"))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send it, without waiting."""
-        self._console.say.remote(f"{record.levelname.lower()}: {self.format(record).strip()}")
+        self._console.say.remote(self.format(record))
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from paml import storage
 from paml.distributed import cluster
 from paml.distributed.console import Console, ConsoleHandler, RemoteBar, printing
+from paml.distributed.metrics import RayMeter
 from paml.errors import PamlError, SettingsError
 from paml.tracking.journal import Journal
 from paml.training.loop import Result, Watcher, train
@@ -172,14 +173,14 @@ def _worker(config: dict[str, Any]) -> None:
     settings, run_folder, console = config["settings"], config["run_folder"], config["console"]
     os.environ.update(ray.get(config["storage"]))
     world = current_world()
-    if world.first:
-        logging.getLogger().addHandler(ConsoleHandler(console))
-        logging.captureWarnings(True)
+    logging.getLogger().addHandler(ConsoleHandler(console, first=world.first))
+    logging.captureWarnings(True)
     watcher = Watcher(
         journal=Journal(run_folder, "rank0") if world.first else None,
         say=lambda line: ray.get(console.say.remote(line)),
         bar=(lambda title, images: RemoteBar(console, title, images)) if world.first else Watcher.bar,
         epoch_done=lambda figures: ray.train.report(dict(figures)),
+        meter=RayMeter(settings.run.name, world.rank),
     )
     try:
         result = train(settings, world, watcher, config["last_epoch"])

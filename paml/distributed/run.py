@@ -31,6 +31,7 @@ from paml.tracking.model import final_model
 from paml.training.checkpoint import committed
 from paml.training.data import RunData, Split, open_data
 from paml.training.loop import Result, Watcher, pairs_path, run_folder_of, terminal_bar, train
+from paml.training.meter import say_places
 from paml.training.score_run import load_model
 from paml.training.settings import TrainSettings, at_absolute_paths, flatten, refuse_other_settings
 from paml.training.watched import kept_maps, watched_labels
@@ -172,6 +173,7 @@ def _train(settings: TrainSettings, run_folder: str, say: Callable[[str], None],
         from paml.distributed.ray_train import train_on_ray
 
         return train_on_ray(settings, run_folder, last_epoch)
+    say_places()
     watcher = Watcher(journal=Journal(run_folder, "rank0"), say=say, bar=terminal_bar)
     return train(settings, World(), watcher, last_epoch)
 

@@ -51,6 +51,7 @@ from paml.distributed import cluster
 from paml.distributed.compare_run import PARENT_TAG, tracked
 from paml.distributed.console import Console, printing
 from paml.distributed.grid_run import AGAIN
+from paml.distributed.metrics import RayMeter
 from paml.distributed.prepare_ray import refuse_unshared
 from paml.distributed.ray_train import connect, ray_storage, train_on_ray
 from paml.distributed.run import train_run
@@ -464,7 +465,12 @@ def _trial(
             return train_on_ray(settings, run_folder, say=say, callbacks=[_Reports(send)])
         torch.set_num_threads(max(1, int(cpus)))
         world = current_world() if ray.get_gpu_ids() else World()
-        watcher = Watcher(Journal(run_folder, "rank0"), say, epoch_done=lambda figures: send(figures, tune.report))
+        watcher = Watcher(
+            Journal(run_folder, "rank0"),
+            say,
+            epoch_done=lambda figures: send(figures, tune.report),
+            meter=RayMeter(settings.run.name, world.rank),
+        )
         return train(settings, world, watcher)
 
     try:

@@ -20,7 +20,6 @@ from paml.errors import NonFiniteLossError, SettingsError
 from paml.losses import LOSSES, check_reject_rate
 from paml.metrics import Pairs, Scores, scores, write_pairs
 from paml.models.cam import CamClassifier, build_model, set_training
-from paml.shards.cache import Traffic
 from paml.training.allocator import keep_memory
 from paml.training.checkpoint import (
     Checkpoint,
@@ -33,6 +32,7 @@ from paml.training.checkpoint import (
 from paml.training.data import RunData, Split, eval_loader, loss_memory, open_data, train_loader
 from paml.training.evaluate import score_pairs
 from paml.training.features import with_features
+from paml.training.meter import PLACE, Meter, Usage
 from paml.training.settings import TrainSettings, refuse_other_settings
 from paml.training.state import COUNTS, TrainState, enter_epoch, load_state, new_state, save_state, share_corrections
 from paml.training.step import settle_waiting, train_step
@@ -84,13 +84,15 @@ def terminal_bar(title: str, images: int) -> Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Watcher:
-    """Where a run reports; only the first worker's is called."""
+    """Where a run reports; but for the last two only the first worker's is called."""
 
     journal: Figures | None = None
     say: Callable[[str], None] = print
     bar: Callable[[str, int], Progress] = _no_bar
     epoch_done: Callable[[dict[str, float]], None] = lambda figures: None
     """Called on every worker once an epoch's checkpoint stands."""
+    meter: Meter = dataclasses.field(default_factory=Meter)
+    """Every worker's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +155,7 @@ def train(settings: TrainSettings, world: World, watcher: Watcher, last_epoch: i
     state = new_state(settings, world, model, len(data.classes), plan_steps)
     state.data_digests = _digests(data)
     state.memory = loss_memory(settings, data, world)
+    PLACE.run, PLACE.rank = settings.run.name, world.rank
     _resume(state, run_folder, watcher)
     data = with_features(settings, data, model, world, say=watcher.say, bar=watcher.bar if world.first else _no_bar)
     if world.first:
@@ -165,9 +168,10 @@ def train(settings: TrainSettings, world: World, watcher: Watcher, last_epoch: i
         if last_epoch is not None and state.epoch > last_epoch:
             return Result(state.best, {}, state.history)
         started, begun_at = time.monotonic(), state.step
-        traffic = _train_epoch(state, data, run_folder, share, watcher)
+        _train_epoch(state, data, run_folder, share, watcher)
         seconds = time.monotonic() - started
-        figures = _epoch_figures(state, data, seconds, begun_at) | _traffic_figures(state.world, traffic)
+        used = watcher.meter.end_epoch()
+        figures = _epoch_figures(state, data, seconds, begun_at) | _usage_figures(state.world, used)
         scored, _ = _score(state, data.validation, data, watcher, f"epoch {state.epoch} validation")
         figures |= _score_figures(scored, "val", "groups")
         if watched:
@@ -175,7 +179,9 @@ def train(settings: TrainSettings, world: World, watcher: Watcher, last_epoch: i
             keep_maps(run_folder, state.epoch, watched, scorer, state.normalise, settings.boost.eval)
         if world.first and watcher.journal is not None:
             watcher.journal.metrics(figures, state.epoch)
-        _end_epoch(state, run_folder, scored, figures)
+        if world.first:
+            watcher.meter.figures(figures | {"epoch": state.epoch})
+        _end_epoch(state, run_folder, scored, figures, watcher.meter)
         if world.first:
             watcher.say(_epoch_line(state, figures))
         watcher.epoch_done(state.history[-1])
@@ -253,7 +259,7 @@ def _unobserved_positives(split: Split, validation: Split) -> float:
     return max(0.0, float(full.class_counts()[0].sum() / max(1, full.num_images) - observed))
 
 
-def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float, watcher: Watcher) -> Traffic:
+def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float, watcher: Watcher) -> None:
     settings = state.settings
     set_training(state.model, settings.model, head_only=state.phase.head_only)
     state.network.training = True
@@ -261,35 +267,44 @@ def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float
         settings, data, state.world, epoch=state.epoch, start=state.step, overlay=state.overlay, probe=probe
     )
     bar = watcher.bar(f"epoch {state.epoch}/{settings.all_epochs}", len(loader) * settings.batch_size)
-    every = settings.checkpoint.every_steps
+    every, meter = settings.checkpoint.every_steps, watcher.meter
     try:
-        for batch in loader:
-            before = state.optimiser_step
+        for batch in meter.waiting(loader):
+            PLACE.epoch, PLACE.step, before = state.epoch, state.step, state.optimiser_step
             train_step(state, batch, last=state.step + 1 == state.steps_per_epoch)
+            meter.step(len(batch), loader.take_traffic())
             bar.update(settings.batch_size)
             due = every and state.optimiser_step > before and state.optimiser_step % every == 0
             if due and state.step < state.steps_per_epoch:
-                _save(state, run_folder)
+                with meter.checkpoint():
+                    _save(state, run_folder)
     finally:
         bar.close()
+    meter.step(0, loader.take_traffic())
     settle_waiting(state)
     share_corrections(state)
     if state.memory is not None and not state.phase.head_only:
         state.memory.end_epoch(state.loss_epoch)
     _name_bad(state, loader, f"epoch {state.epoch}", watcher)
-    return loader.traffic
 
 
-def _traffic_figures(world: World, traffic: Traffic) -> dict[str, float]:
-    """What the epoch read from a bucket, over all workers and by the node that read most; nothing of local shards."""
-    found = world.gather_objects((platform.node(), dataclasses.astuple(traffic)))
+def _usage_figures(world: World, used: Usage) -> dict[str, float]:
+    """Time that all workers lost, since the last epoch's figures, and what they read from a bucket, over all of them
+    and by the node that read most; of local shards nothing."""
+    found = world.gather_objects((platform.node(), used))
+    seconds = max(sum(own.seconds for _, own in found), 1e-9)
+    figures = {
+        "train/data_wait_share": sum(own.waited_seconds for _, own in found) / seconds,
+        "train/checkpoint_share": sum(own.checkpoint_seconds for _, own in found) / seconds,
+    }
     total, by_node = np.zeros(4), dict[str, float]()
     for node, own in found:
-        total += own
-        by_node[node] = by_node.get(node, 0.0) + own[0]
+        traffic = dataclasses.astuple(own.traffic)
+        total += traffic
+        by_node[node] = by_node.get(node, 0.0) + traffic[0]
     if not total.any():
-        return {}
-    return {
+        return figures
+    return figures | {
         "data/gb_from_bucket": total[0] / 1e9,
         "data/gb_from_bucket_largest_node": max(by_node.values()) / 1e9,
         "data/cache_hits": total[1],
@@ -411,7 +426,9 @@ def _score_figures(scored: dict[float, Scores], prefix: str, groups: str) -> dic
     return figures
 
 
-def _end_epoch(state: TrainState, run_folder: str, scored: dict[float, Scores], figures: dict[str, float]) -> None:
+def _end_epoch(
+    state: TrainState, run_folder: str, scored: dict[float, Scores], figures: dict[str, float], meter: Meter
+) -> None:
     """Note the best, move to the next epoch, and leave a checkpoint of both. The best is one trained end to end."""
     for alpha, score in () if state.phase.head_only else scored.items():
         best = state.best.get(f"{alpha:g}")
@@ -422,7 +439,8 @@ def _end_epoch(state: TrainState, run_folder: str, scored: dict[float, Scores], 
     state.loss_sum.zero_()
     state.counts.zero_()
     enter_epoch(state, state.epoch + 1)
-    _save(state, run_folder)
+    with meter.checkpoint():
+        _save(state, run_folder)
 
 
 def _patience_over(state: TrainState) -> bool:

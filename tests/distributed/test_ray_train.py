@@ -18,7 +18,8 @@ def test_a_worker_breaks_off_where_it_is_told(prepared: Path, tmp_path: Path, mo
     monkeypatch.setattr(ray_train.ray.train, "report", reported.append)
     monkeypatch.setattr(ray_train.logging, "captureWarnings", lambda capture: None)
     console = SimpleNamespace(**{name: SimpleNamespace(remote=lambda *said: None) for name in ("say", "bar", "fatal")})
-    monkeypatch.setattr(ray_train, "ConsoleHandler", lambda console: ray_train.logging.NullHandler())
+    monkeypatch.setattr(ray_train, "ConsoleHandler", lambda console, first: ray_train.logging.NullHandler())
+    monkeypatch.setattr(ray_train, "RayMeter", lambda run, rank: ray_train.Watcher().meter)
     monkeypatch.setattr(ray_train, "RemoteBar", lambda console, title, images: ray_train.Watcher.bar(title, images))
     config = {"settings": settings, "run_folder": str(folder), "console": console, "storage": {}}
     ray_train._worker(config | {"last_epoch": 1})
