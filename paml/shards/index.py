@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
@@ -14,6 +13,7 @@ import numpy as np
 
 from paml import storage
 from paml.errors import DataError
+from paml.shards.crc import crc32_of
 from paml.shards.images import BadImage, image_size
 from paml.shards.manifest import Manifest, ShardInfo, make_batch, rejects_csv, write_manifest
 from paml.sources.tars import TarDamage, list_tars, open_tar, walk_tar
@@ -183,7 +183,7 @@ def _index_tar(path: str) -> tuple[list[_Row], tuple[str, int], list[tuple[str, 
                 except BadImage as bad:
                     rejects.append((key, f"{bad} (in {path})"))
                     continue
-                rows.append(_Row(key, member.offset, member.size, zlib.crc32(data), width, height))
+                rows.append(_Row(key, member.offset, member.size, crc32_of(data), width, height))
         except TarDamage as damage:
             rejects.append((path, str(damage)))
         rejects.extend((key, f"no image in the sample (in {path})") for key in keys if key not in with_image)

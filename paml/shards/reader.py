@@ -4,12 +4,12 @@ import logging
 import os
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from paml import storage
 from paml.shards.cache import Cancelled, OpenShard, ShardCache, gone
+from paml.shards.crc import crc32_of
 from paml.shards.manifest import Manifest
 
 _IDLE_SECONDS = 60.0
@@ -89,7 +89,7 @@ class ShardReader:
         if file is None:
             url = self.manifest.shard_path(shard)
             image = self.cache.read_range(url, offset, size)
-            if len(image) == size and zlib.crc32(image) != crc32:
+            if len(image) == size and crc32_of(image) != crc32:
                 image = self.cache.read_range(url, offset, size)
         else:
             self._used[shard] = time.monotonic()
@@ -100,7 +100,7 @@ class ShardReader:
         if len(image) < size:
             end = file.bytes if file is not None else offset + len(image)
             return image, f"the tar file ends at byte {end}, the image at byte {offset + size}: it was cut"
-        if zlib.crc32(image) != crc32:
+        if crc32_of(image) != crc32:
             return image, f"bytes {offset} to {offset + size} fail their CRC-32: they were changed"
         return image, ""
 

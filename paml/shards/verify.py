@@ -5,7 +5,6 @@ import dataclasses
 import os
 import tarfile
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from mmap import ACCESS_READ, mmap
@@ -13,6 +12,7 @@ from mmap import ACCESS_READ, mmap
 import pyarrow.compute as pc
 
 from paml import storage
+from paml.shards.crc import crc32_of
 from paml.shards.encode import member_key
 from paml.shards.manifest import MANIFEST_NAME, Manifest
 
@@ -198,7 +198,7 @@ def _salvage(manifest: Manifest, shard: int, local: str, problem: str) -> ShardF
         if len(image) < size:
             lost.append(manifest.key(index))
             continue
-        if zlib.crc32(image) != int(manifest.crc32[index]):
+        if crc32_of(image) != int(manifest.crc32[index]):
             lost.append(manifest.key(index))
             details.append(f"image {lost[-1]!r} (bytes {offset} to {offset + size}) fails its CRC-32")
             continue
