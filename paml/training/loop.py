@@ -91,6 +91,9 @@ class Watcher:
     bar: Callable[[str, int], Progress] = _no_bar
     epoch_done: Callable[[dict[str, float]], None] = lambda figures: None
     """Called on every worker once an epoch's checkpoint stands."""
+    at: Callable[..., None] = lambda doing, epoch, step, bounded=True: None
+    """Called on every worker as it begins something: what, in which epoch (from 1), after how many steps of it, and
+    whether taking too long over it means that the worker is stuck."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,9 @@ def train(settings: TrainSettings, world: World, watcher: Watcher, last_epoch: i
     state.data_digests = _digests(data)
     state.memory = loss_memory(settings, data, world)
     _resume(state, run_folder, watcher)
+    watcher.at("computing features, or waiting for them", state.epoch, state.step, bounded=False)
     data = with_features(settings, data, model, world, say=watcher.say, bar=watcher.bar if world.first else _no_bar)
+    watcher.at("looking at the labels", state.epoch, state.step)
     if world.first:
         _describe(state, data, watcher)
     share = _probe_share(settings, data)
@@ -170,14 +175,17 @@ def train(settings: TrainSettings, world: World, watcher: Watcher, last_epoch: i
         figures = _epoch_figures(state, data, seconds, begun_at) | _traffic_figures(state.world, traffic)
         scored, _ = _score(state, data.validation, data, watcher, f"epoch {state.epoch} validation")
         figures |= _score_figures(scored, "val", "groups")
+        watcher.at("reporting the epoch", state.epoch, state.step)
         if watched:
             scorer = scored_model(state)
             keep_maps(run_folder, state.epoch, watched, scorer, state.normalise, settings.boost.eval)
         if world.first and watcher.journal is not None:
             watcher.journal.metrics(figures, state.epoch)
+        watcher.at("writing a checkpoint", state.epoch, state.step)
         _end_epoch(state, run_folder, scored, figures)
         if world.first:
             watcher.say(_epoch_line(state, figures))
+        watcher.at("reporting the epoch", state.epoch - 1, state.steps_per_epoch)
         watcher.epoch_done(state.history[-1])
 
     test = _score_best(state, data, run_folder, watcher)
@@ -263,13 +271,17 @@ def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float
     bar = watcher.bar(f"epoch {state.epoch}/{settings.all_epochs}", len(loader) * settings.batch_size)
     every = settings.checkpoint.every_steps
     try:
+        watcher.at("waiting for a batch", state.epoch, state.step)
         for batch in loader:
             before = state.optimiser_step
+            watcher.at("computing a step", state.epoch, state.step)
             train_step(state, batch, last=state.step + 1 == state.steps_per_epoch)
             bar.update(settings.batch_size)
             due = every and state.optimiser_step > before and state.optimiser_step % every == 0
             if due and state.step < state.steps_per_epoch:
+                watcher.at("writing a checkpoint", state.epoch, state.step)
                 _save(state, run_folder)
+            watcher.at("waiting for a batch", state.epoch, state.step)
     finally:
         bar.close()
     settle_waiting(state)
@@ -376,6 +388,12 @@ def _score(
     state.world.broadcast_buffers(model)
     loader = eval_loader(settings, split, data.image_size, state.world)
     bar = watcher.bar(title, -(-len(split.samples) // state.world.size))
+
+    def scored_some(images: int) -> None:
+        bar.update(images)
+        watcher.at("scoring images", state.epoch, state.step)
+
+    watcher.at("scoring images", state.epoch, state.step)
     pairs = score_pairs(
         model,
         loader,
@@ -383,7 +401,7 @@ def _score(
         world=state.world,
         normalise=state.normalise,
         autocast=state.autocast,
-        watch=bar.update,
+        watch=scored_some,
     )
     bar.close()
     _name_bad(state, loader, title, watcher)
