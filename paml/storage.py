@@ -318,6 +318,20 @@ def delete_folder(folder: str) -> None:
         shutil.rmtree(folder)
 
 
+def remove_temporaries(folder: str) -> None:
+    """Remove what writes that were cut off have left under a local folder, where nobody writes meanwhile.
+
+    S3 has no such files; parts of uploads that were cut off are for a rule of the bucket to remove.
+    """
+    if is_remote(folder):
+        return
+    with _clear_errors("list", folder):
+        for where, _, files in os.walk(folder, onerror=_raise_unless_missing):
+            for name in files:
+                if name.endswith(_TEMPORARY):
+                    delete(os.path.join(where, name))
+
+
 def ensure_writable(folder: str) -> None:
     """Write and remove a small file in `folder`, which is made if needed.
 

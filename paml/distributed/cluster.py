@@ -3,12 +3,15 @@
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
+
+from paml.errors import SettingsError
 
 T = TypeVar("T")
 _STAYS = "~/paml"
@@ -30,7 +33,27 @@ def join(address: str | None = None, environment: dict[str, Any] | None = None) 
 
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        refuse_silence(address or os.environ.get("RAY_ADDRESS", ""))
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False, runtime_env=environment or None)
+
+
+def refuse_silence(address: str, seconds: float = 30.0) -> None:
+    """Raise SettingsError where nothing listens at `host:port`: ray.init would ask there for ever."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise SettingsError(
+                    f"no Ray answers at {address} ({error}): start it (`ray start --head`), or set RAY_ADDRESS or "
+                    "workers.address to where it is"
+                ) from error
+        time.sleep(0.5)
 
 
 def beside(work: Callable[[], T]) -> T:
@@ -38,6 +61,14 @@ def beside(work: Callable[[], T]) -> T:
 
     A main thread within ray.get() heeds no signal, and a stopped job has three seconds.
     """
+    outcome = in_thread(work)
+    while not outcome.done():
+        time.sleep(0.2)
+    return outcome.result()
+
+
+def in_thread(work: Callable[[], T]) -> "Future[T]":
+    """What `work` will return, called in a thread that ends with the process at the latest."""
     outcome: Future[T] = Future()
 
     def run() -> None:
@@ -47,9 +78,7 @@ def beside(work: Callable[[], T]) -> T:
             outcome.set_exception(error)
 
     threading.Thread(target=run, name="ray", daemon=True).start()
-    while not outcome.done():
-        time.sleep(0.2)
-    return outcome.result()
+    return outcome
 
 
 def leave() -> None:

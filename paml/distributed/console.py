@@ -4,24 +4,29 @@ Lines come out bare and in order, and a bar moves where the driver has a termina
 """
 
 import contextlib
+import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import ray
 from ray.actor import ActorHandle
 
+from paml.distributed.hangs import Beat
 from paml.training.loop import Progress, terminal_bar
 from paml.training.meter import PlacedFormatter
 
 
 class Console:
-    """An actor that holds what the worker has said until the driver takes it."""
+    """An actor that holds what the workers have said until the driver takes it, and where each of them stands."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._bar: tuple[str, int, int] | None = None
         self._fatal: str | None = None
+        self._beats: dict[int, tuple[Beat, float]] = {}
+        self._controller: int | None = None
 
     def say(self, line: str) -> None:
         """One line for the driver's console."""
@@ -39,6 +44,20 @@ class Console:
         """Lines not taken yet, and the bar."""
         lines, self._lines = self._lines, []
         return lines, self._bar
+
+    def beat(self, beat: Beat) -> None:
+        """Where a worker stands."""
+        self._beats[beat.rank] = beat, time.monotonic()
+
+    def controller(self, pid: int) -> None:
+        """The process of Ray Train's controller, on the driver's node."""
+        self._controller = pid
+
+    def standing(self) -> tuple[list[Beat], int | None]:
+        """Where the workers stand, by rank, with the time since they were heard; and the controller's process."""
+        now = time.monotonic()
+        beats = [dataclasses.replace(beat, silent_seconds=now - at) for _, (beat, at) in sorted(self._beats.items())]
+        return beats, self._controller
 
     def failed_for_good(self) -> str | None:
         """The message of `fatal`, if there was one."""

@@ -1,39 +1,59 @@
 """Ray Train workers around the training loop: DDP process groups, lost workers replaced, results brought home."""
 
+import contextlib
 import json
 import logging
+import math
 import os
+import platform
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from paml import storage
 from paml.distributed import cluster
 from paml.distributed.console import Console, ConsoleHandler, RemoteBar, printing
+from paml.distributed.hangs import ControllerProcess, Heartbeat, StallError, Watch, beat_seconds
 from paml.distributed.metrics import RayMeter
 from paml.errors import PamlError, SettingsError
 from paml.tracking.journal import Journal
 from paml.training.loop import Result, Watcher, train
 from paml.training.settings import TrainSettings, WorkerSettings
-from paml.training.world import current_world
+from paml.training.world import World, current_world
+
+END_SECONDS = 60.0
+"""How long Ray may take to end an attempt that was given up; the next one begins then anyway."""
 
 
 def connect(settings: WorkerSettings) -> None:
     """Join the cluster of `workers.address` or RAY_ADDRESS; where there is none, start Ray in this process."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(settings.collective_timeout_seconds))
+    for name in ("COLLECTIVE_TIMEOUT_S", "WORKER_HEALTH_CHECK_TIMEOUT_S"):
+        os.environ.setdefault(f"RAY_TRAIN_{name}", str(_later(settings)))
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_start_seconds(settings)))
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a lost node is a lost worker, replaced below
     # Workers speak through Console; what else Ray's processes print stays in Ray's log folder.
     cluster.join(settings.address)
+
+
+def _later(settings: WorkerSettings) -> float:
+    """When all else gives up, in seconds: after the watch, which alone can tell which worker is to blame."""
+    return 1.2 * settings.collective_timeout_seconds + 5
+
+
+def _start_seconds(settings: WorkerSettings) -> float:
+    """How long workers may take to come: a cluster that grows needs minutes, a machine that is busy most of one."""
+    return max(60.0, settings.collective_timeout_seconds)
 
 
 def resources_per_worker(settings: WorkerSettings, cluster: dict[str, float]) -> dict[str, float]:
@@ -79,15 +99,16 @@ def _attempts(
     callbacks: Sequence[UserCallback],
 ) -> Result:
     resources = resources_per_worker(settings.workers, dict(ray.cluster_resources()))
-    console: Any = ray.remote(num_cpus=0)(Console).remote()  # pyright: ignore[reportFunctionMemberAccess]
     for attempt in range(settings.workers.max_failures + 1):
+        # One an attempt, so that what is left of the last one is not heard; it comes back where its process is killed.
+        console: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Console).remote()  # pyright: ignore
         with printing(console, say=say):
             failure = _fit(settings, run_folder, resources, console, last_epoch, callbacks)
         if failure is None and last_epoch is not None:
             return Result({}, {}, [])
         if failure is None:
             return Result.from_json(json.loads(storage.read_bytes(storage.join(run_folder, "result.json"))))
-        message = ray.get(console.failed_for_good.remote())
+        message = _answer(console.failed_for_good, settings.workers.collective_timeout_seconds)
         if message is not None:
             raise PamlError(message)
         if attempt == settings.workers.max_failures:
@@ -101,8 +122,21 @@ def _attempts(
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
+def _answer(method: Any, seconds: float) -> Any:
+    """What an actor answers. Raises RuntimeError where nothing comes in time: then Ray itself is at fault."""
+    try:
+        return ray.get(method.remote(), timeout=seconds)
+    except RayError as error:
+        raise RuntimeError(
+            f"Ray has not answered for {seconds:g} s ({_last_line(error)}): see `ray status` and start Ray again where "
+            "it hangs, then give the same command with --run.resume true"
+        ) from error
+
+
 def what_failed(failure: BaseException) -> str:
     """One line. Workers that died are named alone: the errors of the others follow from that."""
+    if isinstance(failure, StallError):
+        return str(failure)
     failures = dict(getattr(failure, "worker_failures", {}))
     causes = {rank: getattr(error, "health_check_failure", error) for rank, error in failures.items()}
     dead = {rank: error for rank, error in causes.items() if isinstance(error, RayActorError)}
@@ -132,6 +166,12 @@ def _fit(
     callbacks: Sequence[UserCallback],
 ) -> BaseException | None:
     """One attempt; None when it finished. Its name is new each time, so Ray never takes up an old one in silence."""
+    workers, on_gpus = settings.workers, "GPU" in resources
+    environment = cluster.task_environment()
+    limit, later = workers.collective_timeout_seconds, _later(workers)
+    if on_gpus:  # NCCL is to go first, since it then writes down which collectives were under way
+        limit, later = later, limit
+        environment = environment | {"env_vars": environment.get("env_vars", {}) | nccl_environment(settings.run.name)}
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -141,26 +181,33 @@ def _fit(
             "console": console,
             "storage": ray.put(cluster.storage_environment()),  # a reference, since dashboards show what stands here
         },
-        torch_config=TorchConfig(
-            backend="nccl" if "GPU" in resources else "gloo", timeout_s=int(settings.workers.collective_timeout_seconds)
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=settings.workers.num_workers, use_gpu="GPU" in resources, resources_per_worker=resources
-        ),
+        torch_config=TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=math.ceil(later)),
+        scaling_config=ScalingConfig(num_workers=workers.num_workers, use_gpu=on_gpus, resources_per_worker=resources),
         run_config=RunConfig(
             name=f"{settings.run.name}-{time.time_ns()}",
             storage_path=ray_storage(run_folder),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, ControllerProcess(console)],  # pyright: ignore[reportArgumentType] - Ray takes both
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-            worker_runtime_env=cluster.task_environment(),
+            worker_runtime_env=environment,
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        return error
-    return None
+    watch = Watch(console, workers.num_workers, limit, _start_seconds(workers))
+    outcome = cluster.in_thread(trainer.fit)
+    while not outcome.done():
+        wait([outcome], timeout=watch.every_seconds)
+        stalled = None if outcome.done() else watch.look()
+        if stalled is not None:
+            watch.end_attempt()
+            wait([outcome], timeout=END_SECONDS)
+            return StallError(f"{stalled}. Where that may truly take longer, raise workers.collective_timeout_seconds")
+    error = outcome.exception()
+    if error is None:
+        return None
+    if not isinstance(error, ray.train.TrainingFailedError | RayError):
+        raise error
+    stalled = watch.look(0.8)  # of two that notice it, the one that cannot tell whom to blame may have been faster
+    return StallError(f"{stalled} ({what_failed(error)})") if stalled is not None else error
 
 
 def ray_storage(run_folder: str) -> str:
@@ -169,23 +216,66 @@ def ray_storage(run_folder: str) -> str:
     return folder if storage.is_remote(folder) else str(Path(folder).resolve())
 
 
+def nccl_environment(run: str) -> dict[str, str]:
+    """What makes NCCL give up on a collective that hangs and leave on the node's disk which were under way; what the
+    user has set stands. Both spellings, since torch changed them with 2.9.
+    """
+    trace = storage.join(dumps_folder(run), "rank_")
+    wanted = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        **dict.fromkeys(("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"),
+        **dict.fromkeys(("TORCH_FR_DUMP_ON_TIMEOUT", "TORCH_NCCL_DUMP_ON_TIMEOUT"), "1"),
+        **dict.fromkeys(("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"), trace),
+    }
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def dumps_folder(run: str) -> str:
+    """Where a node keeps what NCCL wrote down, until the next attempt takes it into the run's storage."""
+    return storage.join(storage.cache_folder(), "nccl", run)
+
+
+def _keep_dumps(run: str, run_folder: str) -> None:
+    """Bring what NCCL wrote on this node in an attempt before into `<run>/hangs/`; make room for the next."""
+    folder = dumps_folder(run)
+    os.makedirs(folder, exist_ok=True)
+    for name in storage.list_files(folder):
+        local = storage.join(folder, name)
+        kept = f"{time.strftime('%Y%m%d-%H%M%S')}-{platform.node()}-{name}"
+        with contextlib.suppress(FileNotFoundError):  # another worker of this node was faster
+            storage.upload(local, storage.join(run_folder, "hangs", kept))
+            storage.delete(local)
+
+
 def _worker(config: dict[str, Any]) -> None:
     settings, run_folder, console = config["settings"], config["run_folder"], config["console"]
-    os.environ.update(ray.get(config["storage"]))
     world = current_world()
+    heart = Heartbeat(console, world.rank, every_seconds=beat_seconds(settings.workers.collective_timeout_seconds))
+    try:
+        _work(settings, run_folder, world, heart, config)
+    finally:
+        heart.end()
+
+
+def _work(settings: TrainSettings, run_folder: str, world: World, heart: Heartbeat, config: dict[str, Any]) -> None:
+    console = config["console"]
+    os.environ.update(ray.get(config["storage"], timeout=settings.workers.collective_timeout_seconds))
     logging.getLogger().addHandler(ConsoleHandler(console, first=world.first))
     logging.captureWarnings(True)
+    if world.device.type == "cuda":
+        _keep_dumps(settings.run.name, run_folder)
     watcher = Watcher(
         journal=Journal(run_folder, "rank0") if world.first else None,
-        say=lambda line: ray.get(console.say.remote(line)),
+        say=lambda line: console.say.remote(line),  # without waiting: a console that is away holds up no worker
         bar=(lambda title, images: RemoteBar(console, title, images)) if world.first else Watcher.bar,
         epoch_done=lambda figures: ray.train.report(dict(figures)),
         meter=RayMeter(settings.run.name, world.rank),
+        at=heart.at,
     )
     try:
         result = train(settings, world, watcher, config["last_epoch"])
     except PamlError as error:
-        ray.get(console.fatal.remote(str(error)))
+        ray.get(console.fatal.remote(str(error)), timeout=settings.workers.collective_timeout_seconds)
         raise
     if world.first and config["last_epoch"] is None:  # a file that means that the run is at its end
         storage.write_bytes(storage.join(run_folder, "result.json"), json.dumps(result.to_json()).encode())

@@ -97,6 +97,7 @@ def train_run(
             if last_epoch is None:
                 _report(result, settings, data, run_folder, journal)
                 storage.write_bytes(storage.join(run_folder, "result.json"), json.dumps(result.to_json()).encode())
+            storage.remove_temporaries(run_folder)  # of workers that were killed over a write
             journal.status("FINISHED")
         except SystemExit:  # Ray Tune ends a trial between two epochs: the sweep knows why, and notes it
             if sampler is not None:
@@ -133,6 +134,7 @@ def claim_run(settings: TrainSettings, run_folder: str) -> None:
             raise SettingsError(f"there is no run {run_folder} to resume; leave run.resume out to begin it")
         stored = json.loads(storage.read_bytes(mark))
         refuse_other_settings(stored["settings"], settings)
+        storage.remove_temporaries(run_folder)
         return
     facts = {"schema_version": 1, "paml": __version__, "settings": flatten(settings)}
     try:

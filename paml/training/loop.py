@@ -84,7 +84,7 @@ def terminal_bar(title: str, images: int) -> Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Watcher:
-    """Where a run reports; but for the last two only the first worker's is called."""
+    """Where a run reports; but for the last three only the first worker's is called."""
 
     journal: Figures | None = None
     say: Callable[[str], None] = print
@@ -93,6 +93,9 @@ class Watcher:
     """Called on every worker once an epoch's checkpoint stands."""
     meter: Meter = dataclasses.field(default_factory=Meter)
     """Every worker's own."""
+    at: Callable[..., None] = lambda doing, epoch, step, bounded=True: None
+    """Called on every worker as it begins something: what, in which epoch (from 1), after how many steps of it, and
+    whether taking too long over it means that the worker is stuck."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +160,9 @@ def train(settings: TrainSettings, world: World, watcher: Watcher, last_epoch: i
     state.memory = loss_memory(settings, data, world)
     PLACE.run, PLACE.rank = settings.run.name, world.rank
     _resume(state, run_folder, watcher)
+    watcher.at("computing features, or waiting for them", state.epoch, state.step, bounded=False)
     data = with_features(settings, data, model, world, say=watcher.say, bar=watcher.bar if world.first else _no_bar)
+    watcher.at("looking at the labels", state.epoch, state.step)
     if world.first:
         _describe(state, data, watcher)
     share = _probe_share(settings, data)
@@ -174,6 +179,7 @@ def train(settings: TrainSettings, world: World, watcher: Watcher, last_epoch: i
         figures = _epoch_figures(state, data, seconds, begun_at) | _usage_figures(state.world, used)
         scored, _ = _score(state, data.validation, data, watcher, f"epoch {state.epoch} validation")
         figures |= _score_figures(scored, "val", "groups")
+        watcher.at("reporting the epoch", state.epoch, state.step)
         if watched:
             scorer = scored_model(state)
             keep_maps(run_folder, state.epoch, watched, scorer, state.normalise, settings.boost.eval)
@@ -181,9 +187,11 @@ def train(settings: TrainSettings, world: World, watcher: Watcher, last_epoch: i
             watcher.journal.metrics(figures, state.epoch)
         if world.first:
             watcher.meter.figures(figures | {"epoch": state.epoch})
+        watcher.at("writing a checkpoint", state.epoch, state.step)
         _end_epoch(state, run_folder, scored, figures, watcher.meter)
         if world.first:
             watcher.say(_epoch_line(state, figures))
+        watcher.at("reporting the epoch", state.epoch - 1, state.steps_per_epoch)
         watcher.epoch_done(state.history[-1])
 
     test = _score_best(state, data, run_folder, watcher)
@@ -269,15 +277,19 @@ def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float
     bar = watcher.bar(f"epoch {state.epoch}/{settings.all_epochs}", len(loader) * settings.batch_size)
     every, meter = settings.checkpoint.every_steps, watcher.meter
     try:
+        watcher.at("waiting for a batch", state.epoch, state.step)
         for batch in meter.waiting(loader):
             PLACE.epoch, PLACE.step, before = state.epoch, state.step, state.optimiser_step
+            watcher.at("computing a step", state.epoch, state.step)
             train_step(state, batch, last=state.step + 1 == state.steps_per_epoch)
             meter.step(len(batch), loader.take_traffic())
             bar.update(settings.batch_size)
             due = every and state.optimiser_step > before and state.optimiser_step % every == 0
             if due and state.step < state.steps_per_epoch:
+                watcher.at("writing a checkpoint", state.epoch, state.step)
                 with meter.checkpoint():
                     _save(state, run_folder)
+            watcher.at("waiting for a batch", state.epoch, state.step)
     finally:
         bar.close()
     meter.step(0, loader.take_traffic())
@@ -391,6 +403,12 @@ def _score(
     state.world.broadcast_buffers(model)
     loader = eval_loader(settings, split, data.image_size, state.world)
     bar = watcher.bar(title, -(-len(split.samples) // state.world.size))
+
+    def scored_some(images: int) -> None:
+        bar.update(images)
+        watcher.at("scoring images", state.epoch, state.step)
+
+    watcher.at("scoring images", state.epoch, state.step)
     pairs = score_pairs(
         model,
         loader,
@@ -398,7 +416,7 @@ def _score(
         world=state.world,
         normalise=state.normalise,
         autocast=state.autocast,
-        watch=bar.update,
+        watch=scored_some,
     )
     bar.close()
     _name_bad(state, loader, title, watcher)

@@ -29,13 +29,18 @@ class WorkerSettings:
     max_failures: int = 3
     """Times that lost workers are replaced before the run fails."""
     collective_timeout_seconds: float = 600.0
-    """A collective that waits longer than this ends the attempt, so that nothing hangs for ever."""
+    """A worker that stands still for longer (in one step, before one batch, over one checkpoint) is named, and the run
+    goes on without it from the newest checkpoint. Collectives and whatever Ray waits for end a little later."""
     address: str | None = None
     """Ray cluster to join; null takes RAY_ADDRESS, else starts one in this process."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise SettingsError(f"workers.num_workers is {self.num_workers}; it must be 0 (no Ray) or more")
+        if not self.collective_timeout_seconds >= 1:
+            raise SettingsError(
+                f"workers.collective_timeout_seconds is {self.collective_timeout_seconds}; it must be at least 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,17 @@ from paml.distributed import ray_train
 from paml.training.loop import run_folder_of
 from tests.helpers.prepared import tiny_settings
 
+SAID = ("say", "bar", "fatal", "beat")
+
 
 def test_a_worker_breaks_off_where_it_is_told(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a search on Ray Train workers spends what its rungs say, and leaves no result of half a run."""
     settings = tiny_settings(prepared, tmp_path, epochs=3)
     folder, reported = Path(run_folder_of(settings)), []
-    monkeypatch.setattr(ray_train.ray, "get", lambda found: found)
+    monkeypatch.setattr(ray_train.ray, "get", lambda found, timeout=None: found)
     monkeypatch.setattr(ray_train.ray.train, "report", reported.append)
     monkeypatch.setattr(ray_train.logging, "captureWarnings", lambda capture: None)
-    console = SimpleNamespace(**{name: SimpleNamespace(remote=lambda *said: None) for name in ("say", "bar", "fatal")})
+    console = SimpleNamespace(**{name: SimpleNamespace(remote=lambda *said: None) for name in SAID})
     monkeypatch.setattr(ray_train, "ConsoleHandler", lambda console, first: ray_train.logging.NullHandler())
     monkeypatch.setattr(ray_train, "RayMeter", lambda run, rank: ray_train.Watcher().meter)
     monkeypatch.setattr(ray_train, "RemoteBar", lambda console, title, images: ray_train.Watcher.bar(title, images))
