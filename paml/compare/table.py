@@ -6,7 +6,6 @@ Figures are fractions until they are printed, in percent.
 import csv
 import dataclasses
 import io
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 
@@ -82,9 +81,7 @@ def finished(training: Training) -> bool:
 
 def result_of(training: Training) -> Result:
     """What a finished training left."""
-    return Result.from_json(
-        json.loads(storage.read_bytes(storage.join(run_folder_of(training.settings), "result.json")))
-    )
+    return Result.read(run_folder_of(training.settings))
 
 
 def images_of_test(training: Training) -> np.ndarray:

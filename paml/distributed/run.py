@@ -25,6 +25,7 @@ from paml.explain.panel import PanelRow, draw_map_panel
 from paml.metrics import Scores, score_table, write_per_class
 from paml.predict.predictor import ModelFacts, write_model_folder
 from paml.predict.register import RegisterSettings, register_run
+from paml.reading import read_facts, reading
 from paml.tracking import Journal, MlflowFollower, SystemSampler
 from paml.tracking.figures import rejected_by_epoch_figure
 from paml.tracking.model import final_model
@@ -130,8 +131,10 @@ def claim_run(settings: TrainSettings, run_folder: str) -> None:
     if settings.run.resume:
         if not storage.exists(mark):
             raise SettingsError(f"there is no run {run_folder} to resume; leave run.resume out to begin it")
-        stored = json.loads(storage.read_bytes(mark))
-        refuse_other_settings(stored["settings"], settings)
+        mend = "copy the run again, or begin a run of another run.name"
+        stored = read_facts(mark, mend)
+        with reading(mark, mend):
+            refuse_other_settings(stored["settings"], settings)
         return
     facts = {"schema_version": 1, "paml": __version__, "settings": flatten(settings)}
     try:

@@ -192,7 +192,10 @@ def _rows_of(path: str) -> Iterator[tuple[int, list[str]]]:
     except UnicodeDecodeError as error:
         raise LabelError(f"verdict file {path!r} is not UTF-8 text ({error}): export it again") from None
     reader = csv.reader(io.StringIO(text, newline=""))
-    found = next(reader, [])
+    try:
+        found = next(reader, [])
+    except csv.Error as error:
+        raise LabelError(f"verdict file {path!r} cannot be read at line 1 ({error})") from None
     if tuple(found) != HEADER:
         raise LabelError(
             f"verdict file {path!r} has the header {','.join(found)[:200]!r}, expected is {','.join(HEADER)!r}: "

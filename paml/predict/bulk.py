@@ -25,6 +25,7 @@ from paml import storage
 from paml.data.decode import UndecodableError
 from paml.errors import DataError, SettingsError
 from paml.predict.predictor import Precision, Predicted, Predictor, open_predictor
+from paml.reading import MISSHAPEN, parse_json, read_facts
 from paml.shards.manifest import MANIFEST_NAME, Manifest, rejects_csv
 from paml.shards.progress import Progress, showing
 from paml.shards.reader import CorruptSample, ShardReader
@@ -233,8 +234,11 @@ def read_part(job: BulkJob, name: str) -> PartDone | None:
             facts = {key.decode(): value.decode() for key, value in (found.metadata or {}).items()}
         if facts.get("mark") != job.mark:
             return None
-        return PartDone(name, found.num_rows, [tuple(reject) for reject in json.loads(facts["rejects"])])
-    except (pa.ArrowInvalid, ValueError, KeyError):
+        rejects = [(str(key), str(reason)) for key, reason in parse_json(facts["rejects"])]
+        return PartDone(name, found.num_rows, rejects)
+    except storage.StorageError:
+        raise
+    except (*MISSHAPEN, OSError):  # pyarrow says of a footer that cannot be that it is an OSError
         return None
 
 
@@ -406,7 +410,7 @@ def _claim(out: str, about: dict[str, Any], predictor: Predictor) -> None:
     path = storage.join(out, "prediction.json")
     with contextlib.suppress(FileExistsError):
         storage.write_bytes(path, json.dumps(about, indent=1).encode(), if_absent=True)
-    held = json.loads(storage.read_bytes(path))
+    held = read_facts(path, "give another --out")
     other = [
         f"{name}: {held.get(name)!r} there, {value!r} now" for name, value in about.items() if held.get(name) != value
     ]

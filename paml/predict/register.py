@@ -1,11 +1,9 @@
 """A finished run's model in MLflow's registry, compared with the champion by its test score."""
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Callable
 
-from paml import storage
 from paml.errors import DataError, SettingsError
 from paml.metrics import read_pairs
 from paml.tracking.registry import Registered, TestScore, register_model
@@ -48,7 +46,7 @@ def score_of_run(run_folder: str) -> TestScore:
     """The score of a finished run on its test, by its own boost. Raises DataError where it was not scored."""
     alpha = f"{settings_of_run(run_folder).boost.eval:g}"
     try:
-        result = Result.from_json(json.loads(storage.read_bytes(storage.join(run_folder, "result.json"))))
+        result = Result.read(run_folder)
         scores = result.test[alpha]
         _, about = read_pairs(pairs_path(run_folder, alpha))
     except (FileNotFoundError, KeyError) as error:

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 
 from paml import storage
 from paml.errors import DataError, SettingsError
+from paml.reading import read_facts, reading
 from paml.shards.assemble import GROUP_BYTES, AssembleJob, assemble_group, plan_groups, read_description
 from paml.shards.encode import PIECE_BYTES, EncodeJob, encode_part, reads_once
 from paml.shards.manifest import MANIFEST_NAME, Manifest, ShardInfo, make_batch, write_manifest
@@ -36,6 +37,7 @@ from paml.storage import StorageError
 
 REJECTS_NAME = "rejects.csv"
 PARTIAL = ".partial"
+_MAX_SHARDS = 10_000_000
 _ROUNDS = 5
 _READS = 16
 _LISTED = 50
@@ -296,12 +298,15 @@ class _Run:
             "wanted": None if self._wanted_set is None else self._wanted_set.digest(),
         }
         try:
-            plan = json.loads(storage.read_bytes(path))
+            plan = read_facts(path, f"delete {self._work} to start anew")
         except FileNotFoundError:
             plan = None
         if plan is not None:
-            num_shards = plan.pop("num_shards")
-            same = {"settings": self._settings.made(plan["settings"]), "wanted": plan["wanted"] == mine["wanted"]}
+            with reading(path, f"delete {self._work} to start anew"):
+                num_shards = plan.pop("num_shards")
+                same = {"settings": self._settings.made(plan["settings"]), "wanted": plan["wanted"] == mine["wanted"]}
+                if type(num_shards) is not int or not 0 < num_shards <= _MAX_SHARDS:
+                    raise ValueError(f"it plans {num_shards!r} shards")
             for name, what in (("settings", "settings"), ("wanted", "wanted keys")):
                 if not same[name]:
                     raise SettingsError(

@@ -184,7 +184,9 @@ def _claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         marker = folder / name
         if not marker.exists():
             continue
-        written = json.loads(marker.read_text())
+        with reading(str(marker), "delete that folder"):
+            written = parse_object(marker.read_text())
+            written = {"settings": written["settings"], "figures": written.get("figures")}
         if written["settings"] != settings:
             raise DigitScenesError(
                 f"{folder} holds digit scenes made with {written['settings']}, but {settings} are asked for: "

@@ -60,7 +60,7 @@ def _objects_of(path: str) -> list[tuple[int, bool]]:
         tree = ElementTree.fromstring(storage.read_bytes(path))
     except FileNotFoundError:
         raise DataError(f"there is no {path}: unpack the annotations of this set too") from None
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # also for encodings that nobody knows
         raise DataError(f"{path} is no whole XML file ({error}): unpack it again") from error
     objects = []
     for thing in tree.findall("object"):

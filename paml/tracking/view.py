@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paml import storage
+from paml.reading import inside, parse_object
 from paml.tracking.journal import END_STATUSES, Event, latest
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ class MlflowView:
                 client.delete_logged_model(model.model_id)
         with tempfile.TemporaryDirectory() as temporary:
             for file in event.value["files"]:
-                local = os.path.join(temporary, file)
+                local = inside(temporary, file)
                 os.makedirs(os.path.dirname(local), exist_ok=True)
                 if not self._fetch(event, f"{event.value['file']}/{file}", local):
                     return
@@ -247,7 +248,7 @@ class MlflowView:
 
     def _fetch(self, event: Event, file: str, local: str) -> bool:
         """Copies a file of the run to `local`; a missing one is counted as refused."""
-        path = storage.join(self.run_folder, file)
+        path = inside(self.run_folder, file)
         if not storage.exists(path):
             self.refused.append(f"{event.kind} {event.key}: its file {path} is gone")
             return False
@@ -359,10 +360,18 @@ def read_memory(run_folder: str) -> dict[str, dict[str, Any]]:
     if not storage.exists(path):
         return {}
     try:
-        return json.loads(storage.read_bytes(path))
+        found = parse_object(storage.read_bytes(path))
     except ValueError:
         # Only a short cut: the run is found again by its tag.
         return {}
+    return {
+        uri: {"run_id": known["run_id"], "experiment_id": known["experiment_id"], "artifacts": known["artifacts"]}
+        for uri, known in found.items()
+        if isinstance(known, dict)
+        and isinstance(known.get("run_id"), str)
+        and isinstance(known.get("experiment_id"), str)
+        and isinstance(known.get("artifacts"), dict)
+    }
 
 
 def _artifact_location(tracking_uri: str, experiment: str) -> str | None:
