@@ -12,6 +12,7 @@ import yaml
 from paml.compare.grid import Training, base_settings, read_training, slug, training
 from paml.compare.settings import SearchSettings
 from paml.errors import CheckpointError, SettingsError
+from paml.reading import reading
 from paml.training.checkpoint import committed, read_checkpoint
 from paml.training.loop import run_folder_of
 
@@ -96,7 +97,9 @@ def history_in(folder: str) -> list[dict[str, float]]:
     """Figures of the epochs that a run has behind it, by its newest checkpoint; none where it has none."""
     for name in reversed(committed(folder)):
         try:
-            return read_checkpoint(folder, name, groups=()).facts["history"]
+            facts = read_checkpoint(folder, name, groups=()).facts
+            with reading(f"{folder}/checkpoints/{name}", "remove it", CheckpointError):
+                return [dict(figures) for figures in facts["history"]]
         except CheckpointError:
             continue
     return []

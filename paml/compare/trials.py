@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from paml.compare.progress import spoken
 from paml.compare.settings import SweepSettings
 from paml.compare.space import Axis, Known, grid_points, optuna_point, random_points
 from paml.errors import SettingsError
+from paml.reading import read_facts, reading
+from paml.spreadsheet import defused_row
 
 SCHEMA_VERSION = 1
 NAN = math.nan
@@ -125,13 +128,14 @@ def claim_sweep(sweep: Sweep) -> None:
         storage.write_bytes(path, json.dumps(facts, indent=1).encode(), if_absent=True)
         return
     except FileExistsError:
-        then = json.loads(storage.read_bytes(path))
+        then = read_facts(path, "give the sweep another name")
     differing = [
         f"{name}: {then.get(name)!r} then, {facts.get(name)!r} now"
         for name in sorted(then.keys() | facts.keys())
         if name != "base" and then.get(name) != facts.get(name)
     ]
-    bases = then.get("base", {})
+    with reading(path, "give the sweep another name"):
+        bases = dict(then.get("base", {}))
     differing += [
         f"{name} of the base: {bases.get(name)!r} then, {facts['base'].get(name)!r} now"
         for name in sorted(bases.keys() | facts["base"].keys())
@@ -153,17 +157,24 @@ def write_trial(sweep: Sweep, trial: Trial) -> None:
 
 def read_trial(sweep: Sweep, number: int) -> Trial:
     """What was noted of a trial."""
-    facts = json.loads(storage.read_bytes(storage.join(sweep.folder, "trials", f"{number:04d}.json")))
-    if facts.pop("schema_version") != SCHEMA_VERSION:
-        raise SettingsError(f"{sweep.folder} was written by another paml: go on with that one, or give another name")
-    return Trial(**{**facts, "scores": tuple(facts["scores"])})
+    path, mend = storage.join(sweep.folder, "trials", f"{number:04d}.json"), "remove it: the trial is begun anew"
+    facts = read_facts(path, mend)
+    with reading(path, mend):
+        if facts.pop("schema_version") != SCHEMA_VERSION:
+            raise SettingsError(
+                f"{sweep.folder} was written by another paml: go on with that one, or give another name"
+            )
+        trial = Trial(**{**facts, "scores": tuple(float(score) for score in facts["scores"])})
+        if trial.number != number or trial.point.keys() != {axis.name for axis in sweep.axes}:
+            raise ValueError(f"it is of trial {trial.number!r}, or of another space")
+        return trial
 
 
 def read_trials(sweep: Sweep) -> dict[int, Trial]:
     """All trials begun so far, by number. One that its process brought to the end counts as finished, noted or not."""
     files = storage.list_files(storage.join(sweep.folder, "trials"))
     found = {}
-    for number in sorted(int(name[:-5]) for name in files if name.endswith(".json")):
+    for number in sorted(int(name[:-5]) for name in files if re.fullmatch(r"\d{4,9}\.json", name, re.ASCII)):
         trial = read_trial(sweep, number)
         if trial.state == "running" and is_whole(sweep, number):
             trial = dataclasses.replace(trial, state="finished", scores=scores_in(sweep.run_folder(number)))
@@ -239,7 +250,7 @@ def as_csv(sweep: Sweep, trials: Iterable[Trial]) -> str:
         cells = [trial.number, trial.score if trial.scores else "", trial.epoch or "", len(trial.scores), trial.state]
         values = [json.dumps(value) if isinstance(value, list) else value for value in (trial.point[n] for n in names)]
         scores = " ".join(f"{score:.6f}" for score in trial.scores)
-        writer.writerow([*cells, round(trial.seconds, 1), *values, scores, trial.error or ""])
+        writer.writerow(defused_row([*cells, round(trial.seconds, 1), *values, scores, trial.error or ""]))
     return out.getvalue()
 
 

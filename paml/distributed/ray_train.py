@@ -107,7 +107,7 @@ def _attempts(
         if failure is None and last_epoch is not None:
             return Result({}, {}, [])
         if failure is None:
-            return Result.from_json(json.loads(storage.read_bytes(storage.join(run_folder, "result.json"))))
+            return Result.read(run_folder)
         message = _answer(console.failed_for_good, settings.workers.collective_timeout_seconds)
         if message is not None:
             raise PamlError(message)

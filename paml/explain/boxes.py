@@ -57,6 +57,6 @@ def read_boxes(path: str, keys: Sequence[str], classes: Sequence[str]) -> Boxes:
                         found.setdefault(pair, []).append(box)
     except FileNotFoundError as error:
         raise DataError(f"{path} is not there: --boxes names a CSV of boxes ({','.join(columns)})") from error
-    except (pa.ArrowInvalid, KeyError) as error:
+    except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no CSV of boxes with the columns {','.join(columns)}: {error}") from error
     return Boxes({pair: np.array(boxes) for pair, boxes in found.items()}, rows, malformed)

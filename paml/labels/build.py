@@ -278,7 +278,10 @@ def _csv_rows(path: str) -> list[list[str]]:
         text = storage.read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise LabelError(f"{path!r} is not UTF-8 text ({error}): convert it, or name the right file") from None
-    rows = [[row[0].strip(), *row[1:]] for row in csv.reader(io.StringIO(text, newline="")) if row]
+    try:
+        rows = [[row[0].strip(), *row[1:]] for row in csv.reader(io.StringIO(text, newline="")) if row]
+    except csv.Error as error:
+        raise LabelError(f"{path!r} cannot be read as CSV ({error}): mend it, or name the right file") from None
     rows = [row for row in rows if row[0]]
     return rows[1:] if rows and rows[0][0] == "LabelName" else rows
 
@@ -313,12 +316,19 @@ def _check_header(path: str, local: str) -> _Form:
     if first.startswith((b"\x1f\x8b", b"PK\x03\x04")):
         raise LabelError(f"annotation file {path!r} is compressed, expected is plain CSV: unpack it first")
     found = first.decode("utf-8-sig", errors="replace").rstrip("\r\n")
-    if tuple(next(csv.reader([found]), [])) != HEADER:
+    if _cells(found) != HEADER:
         raise LabelError(
             f"annotation file {path!r} has a wrong header: found {found[:200]!r}, expected {expected!r}: "
             + _header_advice(found)
         )
     return _Form(len(first), quoted=second.startswith(b'"'), carriage_returns=second.endswith(b"\r\n"))
+
+
+def _cells(line: str) -> tuple[str, ...]:
+    try:
+        return tuple(next(csv.reader([line]), []))
+    except csv.Error:  # a carriage return within the line, or a field without end
+        return ()
 
 
 def _header_advice(found: str) -> str:

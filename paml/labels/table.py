@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from paml import storage
 from paml.labels.states import NEGATIVE, POSITIVE, LabelError
+from paml.reading import MISSHAPEN, parse_object
 from paml.seal import UNSEALED, BrokenSeal, check_seal, file_mark, seal_file
 
 SCHEMA_VERSION = 1
@@ -228,27 +229,48 @@ def _read_batch(
             f"{path!r} is not a whole Arrow file ({error}): it was cut off or is another kind of file: "
             "build the label table again, or copy it again"
         ) from error
-    except (BrokenSeal, pa.ArrowException, OSError, ValueError) as error:
+    except (BrokenSeal, OSError, *MISSHAPEN) as error:
         if isinstance(error, LabelError | FileNotFoundError):
             raise
         raise LabelError(f"label table {path!r} is damaged ({error}): build or copy it again") from error
-    if not sealed:
-        _check_unsealed(path, batch)
+    if found != mark:
+        _check_parts(path, batch, metadata)
     _check_batch(path, batch, metadata)
     return batch, metadata, sealed, found
 
 
-def _check_unsealed(path: str, batch: pa.RecordBatch) -> None:
-    """A table of before the seal, or one whose seal is lost: its parts must lie within the file."""
+def _check_parts(path: str, batch: pa.RecordBatch, metadata: Mapping[str, Any]) -> None:
+    """A seal tells that bytes have changed, not who wrote them: all parts must lie within the file, whatever it says.
+
+    What reads a table afterwards takes offsets and codes for places in memory.
+    """
     try:
+        if not {"digest", "classes", "names", "num_images", "num_annotations"} <= metadata.keys():
+            raise ValueError(f"its metadata are {', '.join(metadata)} alone")
+        check_classes(metadata["classes"], metadata["names"])
+        if not all(isinstance(text, str) for text in [*metadata["classes"], *metadata["names"], metadata["digest"]]):
+            raise TypeError("a class, its name or the digest is no text")
+        codes = batch.schema.field("labels").type.value_type
+        if batch.schema.names != ["key", "labels"] or codes not in (pa.uint16(), pa.uint32()):
+            raise ValueError(f"its columns are {', '.join(map(str, batch.schema))}")
+        if batch.schema.field("key").type not in (pa.uint64(), pa.string()):
+            raise ValueError(f"its keys are {batch.schema.field('key').type}")
         batch.validate(full=True)
-    except pa.ArrowException as error:
+        lists = batch.column("labels")
+        if any(column.null_count for column in (*batch.columns, lists.values)):
+            raise ValueError("it has nulls")
+        highest = pc.call_function("max", [lists.values]).as_py()
+        if highest is not None and highest >= 2 * len(metadata["classes"]):
+            raise ValueError(f"it has the code {highest} and {len(metadata['classes'])} classes")
+        if batch.num_rows and lists.offsets[0].as_py() != 0:
+            raise ValueError("its lists do not begin at 0")
+    except MISSHAPEN as error:
         raise LabelError(f"label table {path!r} is damaged ({error}): build or copy it again") from error
 
 
 def _metadata_of(path: str, schema: pa.Schema) -> dict[str, Any]:
     raw = (schema.metadata or {}).get(_METADATA_KEY)
-    metadata = json.loads(raw) if raw else {}
+    metadata = parse_object(raw) if raw else {}
     if metadata.get("kind") != _KIND:
         raise LabelError(
             f"{path!r} is an Arrow file but no label table of paml: pass the file that build_label_table wrote"

@@ -14,6 +14,7 @@ import pyarrow.parquet
 
 from paml import storage
 from paml.errors import DataError
+from paml.reading import reading
 
 NAMED = 5
 """MIDs named in an error."""
@@ -32,7 +33,7 @@ def read_prior(path: str, classes: Sequence[str]) -> np.ndarray:
             f"loss.p_asl.prior_file: {path} is not there. Train a run with loss.name p-asl-ignore and make it by "
             "`python -m paml.training.prior --run <its folder> --out <file>`"
         ) from error
-    try:
+    with reading(path, "it is to be CSV or .parquet with the columns mid and prior", also=(OSError,)):
         if path.endswith(".parquet"):
             table = pyarrow.parquet.read_table(io.BytesIO(data))
         else:
@@ -40,8 +41,6 @@ def read_prior(path: str, classes: Sequence[str]) -> np.ndarray:
             table = pyarrow.csv.read_csv(io.BytesIO(data), convert_options=options)
         mids = [str(mid) for mid in table.column("mid").to_pylist()]
         priors = pc.cast(table.column("prior"), pa.float64()).to_numpy()
-    except (pa.ArrowException, KeyError) as error:
-        raise DataError(f"{path} is no CSV or .parquet file with the columns mid and prior: {error}") from error
 
     row_of = {mid: row for row, mid in enumerate(mids)}
     repeated = sorted({mid for row, mid in enumerate(mids) if row_of[mid] != row})

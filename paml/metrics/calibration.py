@@ -17,6 +17,7 @@ import numpy as np
 
 from paml import storage
 from paml.errors import DataError, SettingsError
+from paml.reading import read_facts, reading
 
 SCHEMA_VERSION = 1
 HOLDS_FOR = (
@@ -146,8 +147,8 @@ class Calibration:
     @classmethod
     def read(cls, path: str) -> "Calibration":
         """What `write` wrote. Raises DataError where it is damaged or of another schema version."""
-        try:
-            facts = json.loads(storage.read_bytes(path))
+        facts = read_facts(path, "calibrate again")
+        with reading(path, "calibrate again"):
             if facts["schema_version"] != SCHEMA_VERSION:
                 raise DataError(
                     f"{path} has schema version {facts['schema_version']}, this paml reads {SCHEMA_VERSION}: "
@@ -168,11 +169,11 @@ class Calibration:
                 facts["needed"],
             )
             slope, offset = column("slope", np.float64), column("offset", np.float64)
+            if not (np.isfinite(slope).all() and (slope > 0).all() and np.isfinite(offset).all()):
+                raise ValueError("a slope is not above 0, or an offset no number")
             return cls(
                 facts["method"], slope, offset, thresholds, facts["precision"], facts["confidence"], facts["facts"]
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): calibrate again") from error
 
 
 def calibrate(

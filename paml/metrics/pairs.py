@@ -14,6 +14,7 @@ from torch import Tensor
 from paml import storage
 from paml.errors import DataError
 from paml.labels.states import POSITIVE, UNOBSERVED
+from paml.reading import reading
 
 SCHEMA_VERSION = 1
 
@@ -103,17 +104,24 @@ def write_pairs(path: str, pairs: Pairs, num_classes: int, about: Mapping[str, s
 
 
 def read_pairs(path: str) -> tuple[Pairs, dict[str, str]]:
-    """What `write_pairs` wrote: the pairs, and the metadata. Raises DataError for another schema version."""
+    """What `write_pairs` wrote: the pairs, and the metadata. Raises DataError for another file or schema version."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(pa.BufferReader(storage.read_bytes(path)))
-    facts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    data, mend = storage.read_bytes(path), "score the run again with this paml"
+    with reading(path, mend, also=(OSError,)):
+        table = pq.read_table(pa.BufferReader(data))
+        facts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     if facts.get("schema_version") != str(SCHEMA_VERSION):
         raise DataError(
             f"{path} has schema version {facts.get('schema_version')}, this paml reads {SCHEMA_VERSION}: score the run "
             "again with this paml"
         )
     names = ("class_index", "score", "positive", "image")
-    columns = (table[name].to_numpy(zero_copy_only=False) for name in names)
-    return Pairs(*(torch.from_numpy(np.array(values)) for values in columns)), facts
+    types = (np.int32, np.float32, np.bool_, np.int64)
+    with reading(path, mend):
+        columns = [table[name] for name in names]
+        if any(column.null_count for column in columns):
+            raise ValueError("it holds nulls")
+        values = [np.array(c.to_numpy(zero_copy_only=False)).astype(t) for c, t in zip(columns, types, strict=True)]
+    return Pairs(*map(torch.from_numpy, values)), facts

@@ -25,6 +25,7 @@ from paml import storage
 from paml.data.decode import UndecodableError
 from paml.errors import DataError, SettingsError
 from paml.predict.predictor import Precision, Predicted, Predictor, open_predictor
+from paml.reading import MISSHAPEN, parse_json, read_facts
 from paml.shards.manifest import MANIFEST_NAME, Manifest, rejects_csv
 from paml.shards.progress import Progress, showing
 from paml.shards.reader import CorruptSample, ShardReader
@@ -33,6 +34,7 @@ from paml.shards.write import PartsFailed
 from paml.sources.fetch import read_object
 from paml.sources.folder import KeyRule, folder_parts
 from paml.sources.parts import Part, Payload, mark_of
+from paml.spreadsheet import defused
 from paml.training.allocator import keep_memory
 
 SCHEMA_VERSION = 1
@@ -233,8 +235,11 @@ def read_part(job: BulkJob, name: str) -> PartDone | None:
             facts = {key.decode(): value.decode() for key, value in (found.metadata or {}).items()}
         if facts.get("mark") != job.mark:
             return None
-        return PartDone(name, found.num_rows, [tuple(reject) for reject in json.loads(facts["rejects"])])
-    except (pa.ArrowInvalid, ValueError, KeyError):
+        rejects = [(str(key), str(reason)) for key, reason in parse_json(facts["rejects"])]
+        return PartDone(name, found.num_rows, rejects)
+    except storage.StorageError:
+        raise
+    except (*MISSHAPEN, OSError):  # pyarrow says of a footer that cannot be that it is an OSError
         return None
 
 
@@ -406,7 +411,7 @@ def _claim(out: str, about: dict[str, Any], predictor: Predictor) -> None:
     path = storage.join(out, "prediction.json")
     with contextlib.suppress(FileExistsError):
         storage.write_bytes(path, json.dumps(about, indent=1).encode(), if_absent=True)
-    held = json.loads(storage.read_bytes(path))
+    held = read_facts(path, "give another --out")
     other = [
         f"{name}: {held.get(name)!r} there, {value!r} now" for name, value in about.items() if held.get(name) != value
     ]
@@ -420,7 +425,8 @@ def _claim(out: str, about: dict[str, Any], predictor: Predictor) -> None:
     writer.writerow(("class_index", "mid", "name", "threshold"))
     for index, (mid, name) in enumerate(zip(predictor.facts.classes, predictor.facts.names, strict=True)):
         known = thresholds is not None and np.isfinite(thresholds[index])
-        writer.writerow((index, mid, name, f"{thresholds[index]:.6g}" if known else ""))  # pyright: ignore
+        shown = f"{thresholds[index]:.6g}" if known else ""  # pyright: ignore
+        writer.writerow((index, defused(mid), defused(name), shown))
     storage.write_bytes(storage.join(out, "classes.csv"), lines.getvalue().encode())
 
 

@@ -15,17 +15,20 @@ import torch
 
 from paml import storage
 from paml.data.decode import decode_into
-from paml.errors import DataError, SettingsError
+from paml.errors import DataError, PamlError, SettingsError
 from paml.explain.runs import parse_run
 from paml.metrics.calibration import Calibration
 from paml.models.cam import CamClassifier, ModelSettings, build_model
 from paml.models.inference import Inference
+from paml.reading import MISSHAPEN, read_facts, reading
 from paml.training.data import open_split
 from paml.training.score_run import choose_checkpoint, load_model, settings_of_run
 from paml.training.settings import TrainSettings
 from paml.training.state import autocast_of
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+MAX_SIDE = 1 << 14
+"""Pixels that a side of a model's pictures may have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +55,9 @@ class ModelFacts:
     @classmethod
     def from_json(cls, facts: dict[str, Any], where: str) -> "ModelFacts":
         """What `to_json` made. Raises DataError that names the file where something is missing."""
-        try:
+        with reading(where, "copy the whole model again"):
             fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["model"].items()}
-            return cls(
+            found = cls(
                 ModelSettings(**fields),
                 float(facts["alpha"]),
                 tuple(facts["classes"]),
@@ -63,8 +66,11 @@ class ModelFacts:
                 facts.get("run"),
                 facts.get("checkpoint"),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{where} does not describe a model ({type(error).__name__}: {error})") from error
+            if not 1 <= found.image_size <= MAX_SIDE or not found.alpha >= 1:
+                raise ValueError(f"pictures of {found.image_size} pixels, alpha {found.alpha}")
+            if not all(isinstance(text, str) for text in found.classes + found.names):
+                raise TypeError("a class or its name is no text")
+            return found
 
 
 class Predicted(NamedTuple):
@@ -229,22 +235,21 @@ def _read_folder(folder: str) -> tuple[CamClassifier, ModelFacts]:
 
     where = storage.join(folder, "model.json")
     facts = _read_facts(where)
-    network = build_model(dataclasses.replace(facts.model, weights=None), len(facts.classes))
     path = storage.join(folder, "weights.safetensors")
     try:
+        network = build_model(dataclasses.replace(facts.model, weights=None), len(facts.classes))
         network.load_state_dict(load(storage.read_bytes(path)))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: copy the whole model folder again") from error
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, *MISSHAPEN) as error:
+        if isinstance(error, PamlError):
+            raise
         raise DataError(f"{path} does not fit {where}: copy the whole model folder again ({error})") from error
     return network.eval(), facts
 
 
 def _read_facts(path: str) -> ModelFacts:
-    try:
-        return ModelFacts.from_json(json.loads(storage.read_bytes(path)), path)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is damaged ({error}): copy the model again") from error
+    return ModelFacts.from_json(read_facts(path, "copy the whole model again"), path)
 
 
 def _read_run(spec: str) -> tuple[CamClassifier, ModelFacts, str, str]:

@@ -1,13 +1,12 @@
 """A finished run's model in MLflow's registry, compared with the champion by its test score."""
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Callable
 
-from paml import storage
 from paml.errors import DataError, SettingsError
 from paml.metrics import read_pairs
+from paml.secrets import without_keys
 from paml.tracking.registry import Registered, TestScore, register_model
 from paml.training.loop import Result, pairs_path
 from paml.training.score_run import settings_of_run
@@ -37,8 +36,9 @@ class RegisterSettings:
 def register_run(settings: RegisterSettings, say: Callable[[str], None] = print) -> Registered:
     """Register the run's final model and say what became of it. Raises DataError, and what `register_model` does."""
     done = register_model(settings.run, settings.name, score_of_run(settings.run), settings.tracking_uri)
+    shown = without_keys(done.tracking_uri)
     say(
-        f"{settings.run} is version {done.version} of {settings.name} in {done.tracking_uri}: the candidate, "
+        f"{settings.run} is version {done.version} of {settings.name} in {shown}: the candidate, "
         f"{'and the champion' if done.champion else 'not the champion'} ({done.why})"
     )
     return done
@@ -48,7 +48,7 @@ def score_of_run(run_folder: str) -> TestScore:
     """The score of a finished run on its test, by its own boost. Raises DataError where it was not scored."""
     alpha = f"{settings_of_run(run_folder).boost.eval:g}"
     try:
-        result = Result.from_json(json.loads(storage.read_bytes(storage.join(run_folder, "result.json"))))
+        result = Result.read(run_folder)
         scores = result.test[alpha]
         _, about = read_pairs(pairs_path(run_folder, alpha))
     except (FileNotFoundError, KeyError) as error:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from paml import storage
+from paml.reading import MISSHAPEN, inside, parse_object
 from paml.shards.encode import member_key
 from paml.shards.manifest import ShardInfo, batch_bytes, make_batch
 from paml.shards.spill import DamagedPiece, Piece, Record, read_records, shard_of, writing
@@ -139,17 +140,19 @@ def read_description(job: AssembleJob, shard: int) -> tuple[ShardInfo, pa.Record
     try:
         data = storage.read_bytes(_description_path(job, shard))
         batch = pa.ipc.open_file(pa.BufferReader(data)).get_batch(0)
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return None
-    fields = json.loads(batch.schema.metadata[b"info"])
-    if fields.pop("source") != job.source:
-        return None
-    info = ShardInfo(**fields)
-    try:
-        whole = info.count == 0 or storage.size_of(storage.join(job.out, info.name)) == info.bytes
+        batch.validate(full=True)
+        fields = parse_object(batch.schema.metadata[b"info"])
+        if fields.pop("source") != job.source:
+            return None
+        info = ShardInfo(**fields)
+        whole = info.count == 0 or storage.size_of(inside(job.out, info.name)) == info.bytes
+        return (info, batch.replace_schema_metadata(None)) if whole else None
     except FileNotFoundError:
         return None
-    return (info, batch.replace_schema_metadata(None)) if whole else None
+    except storage.StorageError:
+        raise
+    except (*MISSHAPEN, OSError):  # not what this writer leaves: the shard is made anew
+        return None
 
 
 def _write_shard(job: AssembleJob, shard: int, records: list[Record]) -> None:

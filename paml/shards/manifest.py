@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,14 @@ import pyarrow as pa
 
 from paml import storage
 from paml.errors import DataError
+from paml.reading import MISSHAPEN, inside, parse_json, parse_object
 from paml.seal import UNSEALED, BrokenSeal, check_seal, file_mark, seal_file
+from paml.spreadsheet import defused_row
 
 MANIFEST_NAME = "manifest.arrow"
 SCHEMA_VERSION = 1
 _ROWS_AT_A_TIME = 1 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _FIELDS = {"schema_version", "digest", "settings", "report", "shards"}
 SCHEMA = pa.schema(
     [
@@ -64,12 +68,12 @@ class Manifest:
         self.folder = folder
         self._batch = batch
         self._seal, self._mark = seal, mark
-        self.shards: tuple[ShardInfo, ...] = tuple(ShardInfo(**s) for s in json.loads(metadata["shards"]))
+        self.shards: tuple[ShardInfo, ...] = tuple(_shard_info(s) for s in parse_json(metadata["shards"]))
         self.num_samples: int = batch.num_rows
         self.digest: str = metadata["digest"]
-        self.settings: dict[str, Any] = json.loads(metadata["settings"])
+        self.settings: dict[str, Any] = parse_object(metadata["settings"])
         """The settings that the shards were written with; empty for shards of other people."""
-        self.report: dict[str, Any] = json.loads(metadata["report"])
+        self.report: dict[str, Any] = parse_object(metadata["report"])
         """Counts of the run that wrote the shards or the index."""
         self.shard = self._view("shard")
         self.offset = self._view("offset")
@@ -117,6 +121,18 @@ class Manifest:
         )
 
 
+def _shard_info(fields: dict[str, Any]) -> ShardInfo:
+    """Raises TypeError or ValueError for what no manifest says of a shard."""
+    info = ShardInfo(**fields)
+    if [type(value) for value in dataclasses.astuple(info)] != [str, int, int, str]:
+        raise TypeError(f"a shard is described by {fields!r}")
+    if info.count < 0 or not 0 <= info.bytes < 1 << 62 or not _SHA256.fullmatch(info.sha256):
+        raise ValueError(f"a shard is described by {fields!r}")
+    if not (storage.is_remote(info.name) or os.path.isabs(info.name)):
+        inside("", info.name)
+    return info
+
+
 def _open(folder: str, seal: str, mark: tuple[int, ...]) -> Manifest:
     """The manifest of `folder`; that of `seal`, where one is given. A file of the same `mark` is not checked again."""
     path = storage.join(folder, MANIFEST_NAME)
@@ -159,11 +175,13 @@ def _read(folder: str, path: str, local: str, mark: tuple[int, ...]) -> Manifest
         batch = reader.get_batch(0) if reader.num_record_batches else pa.RecordBatch.from_pylist([], schema=schema)
         if not batch.schema.equals(SCHEMA):
             raise BrokenSeal(f"its columns are {', '.join(batch.schema.names)}")
-        if seal is None:
+        if found != mark:  # a seal tells that bytes have changed, not who wrote them
             batch.validate(full=True)
+            if any(column.null_count for column in batch.columns):
+                raise BrokenSeal("it has nulls")
         manifest = Manifest(folder, batch, seal="" if seal is None else seal.decode(), mark=found)
-    except (BrokenSeal, pa.ArrowInvalid, pa.ArrowException, OSError, ValueError, TypeError) as error:
-        if isinstance(error, storage.StorageError):
+    except (BrokenSeal, OSError, *MISSHAPEN) as error:
+        if isinstance(error, storage.StorageError | DataError):
             raise
         raise DataError(f"{path} is damaged or cut ({error}): {mend}") from error
     fault = contradiction(manifest) if found != mark else None
@@ -265,9 +283,9 @@ def write_manifest(
 
 
 def rejects_csv(rejects: Sequence[tuple[str, str]]) -> bytes:
-    """Rows of (key, reason) as CSV with a header line, sorted by key."""
+    """Rows of (key, reason) as CSV with a header line, sorted by key, for people: see `paml.spreadsheet`."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("key", "reason"))
-    writer.writerows(sorted(rejects))
+    writer.writerows(map(defused_row, sorted(rejects)))
     return out.getvalue().encode("utf-8", "backslashreplace")

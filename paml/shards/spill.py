@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from paml import storage
+from paml.reading import MISSHAPEN, parse_object
 from paml.shards.images import EXTENSIONS, Prepared
 from paml.sources.parts import Part
 from paml.storage import StorageError
@@ -112,9 +113,13 @@ def read_records(data: memoryview, path: str) -> Iterator[Record]:
         if mark != _MARK or zlib.crc32(name, zlib.crc32(header[8:])) != checksum:
             raise DamagedPiece(path, f"the record {at} bytes into its range fails its checksum")
         image = data[start : start + size]
+        try:
+            key, suffix = name.decode(), EXTENSIONS[extension]
+        except (UnicodeDecodeError, IndexError) as error:
+            raise DamagedPiece(path, f"the record {at} bytes into its range is none: {error}") from error
         if len(image) < size or zlib.crc32(image) != crc32:
-            raise DamagedPiece(path, f"the image of {name.decode()!r} fails its checksum")
-        yield Record(digest, source_bytes, name.decode(), EXTENSIONS[extension], width, height, image, crc32)
+            raise DamagedPiece(path, f"the image of {key!r} fails its checksum")
+        yield Record(digest, source_bytes, key, suffix, width, height, image, crc32)
         at = start + size
 
 
@@ -217,8 +222,17 @@ def read_piece(path: str) -> Piece:
     header = storage.read_range(path, _HEAD.size, header_size) if header_size else b""
     if zlib.crc32(header) != checksum:
         raise DamagedPiece(path, "its header fails its checksum")
-    fields: dict[str, Any] = json.loads(header)
     start = _HEAD.size + header_size
+    try:
+        piece = _piece(path, parse_object(header), start, checksum)
+    except MISSHAPEN as error:
+        raise DamagedPiece(path, f"its header is none of a piece ({type(error).__name__}: {error})") from error
+    if size != start + piece.record_bytes:
+        raise DamagedPiece(path, f"it has {size} bytes, not {start + piece.record_bytes}")
+    return piece
+
+
+def _piece(path: str, fields: dict[str, Any], start: int, mark: int) -> Piece:
     piece = Piece(
         path=path,
         part=fields["part"],
@@ -232,10 +246,12 @@ def read_piece(path: str) -> Piece:
         shards=np.array(fields["shards"], np.int64),
         ends=start + np.cumsum(np.array(fields["sizes"], np.int64)),
         start=start,
-        mark=checksum,
+        mark=mark,
     )
-    if size != start + piece.record_bytes:
-        raise DamagedPiece(path, f"it has {size} bytes, not {start + piece.record_bytes}")
+    counts = (piece.first, piece.end, piece.unwanted, piece.absent)
+    rising = (np.diff(piece.ends, prepend=start) >= 0).all() and (np.diff(piece.shards) > 0).all()
+    if any(type(count) is not int for count in counts) or not rising or len(piece.shards) != len(piece.ends):
+        raise ValueError("its counts or places are no such")
     return piece
 
 

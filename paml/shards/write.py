@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 
 from paml import storage
 from paml.errors import DataError, SettingsError
+from paml.reading import open_own, read_facts, reading
 from paml.shards.assemble import GROUP_BYTES, AssembleJob, assemble_group, plan_groups, read_description
 from paml.shards.encode import PIECE_BYTES, EncodeJob, encode_part, reads_once
 from paml.shards.manifest import MANIFEST_NAME, Manifest, ShardInfo, make_batch, write_manifest
@@ -32,10 +33,12 @@ from paml.shards.settings import ShardSettings
 from paml.shards.spill import KeySet, Piece, key_digest, piece_stem, read_pieces, writing
 from paml.shards.tasks import Failure, LocalTasks, Tasks
 from paml.sources.parts import Part, Payload
+from paml.spreadsheet import defused_row
 from paml.storage import StorageError
 
 REJECTS_NAME = "rejects.csv"
 PARTIAL = ".partial"
+_MAX_SHARDS = 10_000_000
 _ROUNDS = 5
 _READS = 16
 _LISTED = 50
@@ -222,12 +225,14 @@ def _only_writer(work: str) -> Iterator[None]:
         if not storage.is_remote(work):
             with writing(work):
                 os.makedirs(work, exist_ok=True)
-                lock = stack.enter_context(open(os.path.join(work, "lock"), "w"))
+                handle = open_own(os.path.join(work, "lock"), os.O_RDWR | os.O_CREAT)
+                lock = stack.enter_context(open(handle, "w"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StorageError(
-                    f"another run is writing the same shards (it holds {lock.name}): wait for it or stop it"
+                    f"another run is writing the same shards (it holds {os.path.join(work, 'lock')}): wait for it or "
+                    "stop it"
                 ) from None
         yield
 
@@ -296,12 +301,15 @@ class _Run:
             "wanted": None if self._wanted_set is None else self._wanted_set.digest(),
         }
         try:
-            plan = json.loads(storage.read_bytes(path))
+            plan = read_facts(path, f"delete {self._work} to start anew")
         except FileNotFoundError:
             plan = None
         if plan is not None:
-            num_shards = plan.pop("num_shards")
-            same = {"settings": self._settings.made(plan["settings"]), "wanted": plan["wanted"] == mine["wanted"]}
+            with reading(path, f"delete {self._work} to start anew"):
+                num_shards = plan.pop("num_shards")
+                same = {"settings": self._settings.made(plan["settings"]), "wanted": plan["wanted"] == mine["wanted"]}
+                if type(num_shards) is not int or not 0 < num_shards <= _MAX_SHARDS:
+                    raise ValueError(f"it plans {num_shards!r} shards")
             for name, what in (("settings", "settings"), ("wanted", "wanted keys")):
                 if not same[name]:
                     raise SettingsError(
@@ -456,5 +464,5 @@ def _write_rejects(path: str, rejects: dict[str, str], missing: pa.Array) -> Non
             if start == 0:
                 rows.writerow(("key", "reason"))
             for key in keys.take(pa.array(order[start : start + (1 << 16)])).to_pylist():
-                rows.writerow((key, rejects.get(key, "wanted, but in no source")))
+                rows.writerow(defused_row((key, rejects.get(key, "wanted, but in no source"))))
             file.write(text.getvalue().encode("utf-8", "backslashreplace"))

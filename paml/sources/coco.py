@@ -1,6 +1,5 @@
 """MS-COCO, from the official tree: `annotations/instances_{set}.json` and the folders of images."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from paml import storage
 from paml.errors import DataError
+from paml.reading import inside, read_facts, reading
 from paml.sources.full import FullSplit, first_that_exists, full_split
 
 SPLITS = {"train": "train2014", "test": "val2014"}
@@ -27,22 +27,27 @@ def coco(root: str, out: str, *, splits: Mapping[str, str] = SPLITS, drop_empty:
         path = first_that_exists(
             root, [f"annotations/instances_{image_set}.json", f"instances_{image_set}.json"], "the objects"
         )
-        said = _read(path)
-        classes = [category["name"] for category in said["categories"]]
-        class_of = {category["id"]: index for index, category in enumerate(said["categories"])}
-        row_of = {image["id"]: row for row, image in enumerate(said["images"])}
-        positives = np.zeros((len(row_of), len(classes)), bool)
-        for thing in said["annotations"]:
-            try:
-                positives[row_of[thing["image_id"]], class_of[thing["category_id"]]] = True
-            except KeyError as error:
-                raise DataError(
-                    f"{path}: annotation {thing.get('id')} names {error}, which the file itself does not describe: "
-                    "fetch it again"
-                ) from error
-        kept = np.flatnonzero(positives.any(axis=1)) if drop_empty else np.arange(len(row_of))
-        folder, prefix = _image_folder(root, image_set, said["images"])
-        files = [(str(image["id"]), prefix + image["file_name"]) for image in (said["images"][row] for row in kept)]
+        with reading(path, "fetch it again"):
+            said = _read(path)
+            classes = [category["name"] for category in said["categories"]]
+            if not all(isinstance(name, str) for name in classes):
+                raise TypeError("a category's name is no text")
+            class_of = {category["id"]: index for index, category in enumerate(said["categories"])}
+            row_of = {image["id"]: row for row, image in enumerate(said["images"])}
+            positives = np.zeros((len(row_of), len(classes)), bool)
+            for thing in said["annotations"]:
+                try:
+                    positives[row_of[thing["image_id"]], class_of[thing["category_id"]]] = True
+                except KeyError as error:
+                    raise DataError(
+                        f"{path}: annotation {thing.get('id')} names {error}, which the file itself does not describe: "
+                        "fetch it again"
+                    ) from error
+            kept = np.flatnonzero(positives.any(axis=1)) if drop_empty else np.arange(len(row_of))
+            folder, prefix = _image_folder(root, image_set, said["images"])
+            files = [(str(image["id"]), prefix + image["file_name"]) for image in (said["images"][row] for row in kept)]
+            for _, name in files:
+                inside(folder, name)
         found[split] = full_split(
             folder,
             files,
@@ -55,10 +60,7 @@ def coco(root: str, out: str, *, splits: Mapping[str, str] = SPLITS, drop_empty:
 
 
 def _read(path: str) -> dict[str, Any]:
-    try:
-        said = json.loads(storage.read_bytes(path))
-    except ValueError as error:
-        raise DataError(f"{path} is no whole JSON file ({error}): fetch it again") from error
+    said = read_facts(path, "fetch it again")
     absent = [name for name in ("images", "annotations", "categories") if name not in said]
     if absent:
         raise DataError(f"{path} has no {absent[0]!r}: name the file of the instances, not of the captions")

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from paml.reading import parse_object, reading
+
 VERSION = 2
 SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}  # each with its share of the digit images
 DEFAULT_IMAGES = {"train": 2400, "validation": 600, "test": 900}
@@ -184,7 +186,9 @@ def _claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         marker = folder / name
         if not marker.exists():
             continue
-        written = json.loads(marker.read_text())
+        with reading(str(marker), "delete that folder"):
+            written = parse_object(marker.read_text())
+            written = {"settings": written["settings"], "figures": written.get("figures")}
         if written["settings"] != settings:
             raise DigitScenesError(
                 f"{folder} holds digit scenes made with {written['settings']}, but {settings} are asked for: "

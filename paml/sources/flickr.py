@@ -144,7 +144,7 @@ def _read_rows(path: str, wanted: pa.Array | None) -> pa.Table:
                     batch = batch.filter(pc.call_function("is_in", [batch["ImageID"]], pc.SetLookupOptions(wanted)))
                 if batch.num_rows:
                     batches.append(batch)
-    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
             f"{path} is no image list of Open Images ({error}): it needs the columns {', '.join(COLUMNS)}: name "
             "images.csv of V3, or *-images-with-labels-with-rotation.csv of later releases"

@@ -4,6 +4,7 @@ The images themselves are a folder or a bucket: `folder_parts`. The file has eit
 a row a label, or `image,labels`, a row an image with its positive classes between semicolons.
 """
 
+import contextlib
 import csv
 import io
 import os
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 from paml import storage
 from paml.labels import LabelError, LabelReport, LabelSettings, build_label_table
 from paml.labels.build import HEADER, read_classes
+from paml.reading import reading
 from paml.sources.folder import KeyRule, is_image, key_of
 
 _STATES = {"1": "1", "1.0": "1", "true": "1", "positive": "1", "0": "0", "0.0": "0", "false": "0", "negative": "0"}
@@ -85,12 +87,13 @@ def own_labels(
 def _columns_of(path: str) -> list[str]:
     """The columns to read. Raises LabelError where the file has neither set of them."""
     if path.endswith(".parquet"):
-        with storage.open_input(path) as file:
+        with storage.open_input(path) as file, _reading(path):
             found = pq.ParquetFile(file).schema_arrow.names
     else:
         with storage.open_input(path) as file:
             first = file.read(1 << 16).decode("utf-8-sig", "replace").splitlines()
-        found = next(csv.reader(first[:1]), [])
+        with _reading(path):
+            found = next(csv.reader(first[:1]), [])
     for wanted in (["image", "class", "state"], ["image", "labels"]):
         if set(wanted) <= set(found):
             return wanted
@@ -100,13 +103,26 @@ def _columns_of(path: str) -> list[str]:
     )
 
 
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    kind = "Parquet of text or numbers" if path.endswith(".parquet") else "CSV with commas, in UTF-8"
+    with reading(path, f"expected is {kind}", LabelError, (csv.Error, OSError)):
+        yield
+
+
 def _batches(path: str, columns: Sequence[str], bad_lines: list[str]) -> Iterator[pa.RecordBatch]:
     """The wanted columns as text, nothing null; lines that are no rows go to `bad_lines`, with the reason."""
     with storage.open_input(path) as file:
         if path.endswith(".parquet"):
-            for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=list(columns)):
-                yield _as_text(batch, columns)
-            return
+            with _reading(path):
+                batches = pq.ParquetFile(file).iter_batches(_BATCH_ROWS, columns=list(columns))
+            while True:
+                with _reading(path):
+                    batch = next(batches, None)
+                    text = None if batch is None else _as_text(batch, columns)
+                if text is None:
+                    return
+                yield text
 
         def keep(row: Any) -> str:
             bad_lines.append(f"{row.actual_columns} columns where {row.expected_columns} are expected: {row.text}")
@@ -120,7 +136,7 @@ def _batches(path: str, columns: Sequence[str], bad_lines: list[str]) -> Iterato
             with pacsv.open_csv(file, parse_options=parse, convert_options=convert) as reader:
                 for batch in reader:
                     yield _as_text(batch, columns)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, UnicodeDecodeError) as error:
             raise LabelError(f"{path!r} cannot be read ({error}): expected is CSV with commas, in UTF-8") from error
 
 
@@ -131,6 +147,7 @@ def _as_text(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         text = column.cast(pa.string()).fill_null("")
+        text.validate(full=True)  # Parquet says of any bytes that they are text
         texts.append(pc.call_function("utf8_trim_whitespace", [text]))
     return pa.RecordBatch.from_arrays(texts, list(columns))
 
@@ -229,7 +246,7 @@ class _Images:
 def _class_rows(path: str) -> list[tuple[str, str]]:
     """(class, name) of a class list; the name is the class itself where the list has none."""
     mids = read_classes(path)
-    text = storage.read_bytes(path).decode("utf-8-sig")
+    text = storage.read_bytes(path).decode("utf-8-sig")  # read_classes has read it as such
     names = {row[0].strip(): row[1].strip() for row in csv.reader(io.StringIO(text, newline="")) if len(row) > 1}
     return [(mid, names.get(mid) or mid) for mid in mids]
 

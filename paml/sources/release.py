@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from paml import storage
 from paml.errors import DataError
+from paml.reading import parse_object, reading
 from paml.sources.fetch import wait_seconds
 from paml.sources.web import LATER, Unreachable, opened, pieces
 from paml.storage import StorageError
@@ -112,10 +113,11 @@ def _is_unpacked(root: str, archive: Archive) -> bool:
     stamp = _stamp_of(root, archive)
     if not os.path.exists(stamp):
         return False
-    said = json.loads(storage.read_bytes(stamp))
-    if said["md5"] != archive.md5 or set(said["files"]) != set(archive.files):
-        return False
-    places = {os.path.join(root, name): size for name, size in said["files"].items()}
+    with reading(stamp, "remove it: the archive is then unpacked anew"):
+        said = parse_object(storage.read_bytes(stamp))
+        if said["md5"] != archive.md5 or set(said["files"]) != set(archive.files):
+            return False
+        places = {os.path.join(root, name): size for name, size in said["files"].items()}
     return all(os.path.isfile(place) and os.path.getsize(place) == size for place, size in places.items())
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from paml import storage
 from paml.errors import PamlError
+from paml.reading import MISSHAPEN, parse_object
 
 SCHEMA_VERSION = 1
 STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED")
@@ -31,6 +32,19 @@ _NOTE_TAG = "mlflow.note.content"
 _SEGMENT = re.compile(r"\d{20}-[\w.]+-\d+\.json")
 _KEY = re.compile(r"[\w. :/-]{1,250}", re.ASCII)
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+_SHAPES: dict[str, Any] = {
+    "run": {"experiment": str, "name": str},
+    "metric": float,
+    "param": str,
+    "tag": str,
+    "dataset": {"digest": str, "source": str, "context": str, "profile": dict},
+    "artifact": {"file": str, "sha256": str},
+    "model": {"file": str, "files": dict},
+    "status": str,
+}
+"""Kind of an event -> the type of its value, or the types of what its value names."""
 
 
 class JournalError(PamlError, ValueError):
@@ -166,8 +180,7 @@ class Journal:
 
     def model(self, folder: str, name: str = "final_model") -> None:
         """An MLflow model in a local folder (see `paml.tracking.model`); copied to `<run>/models/<name>/`."""
-        if not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII):
-            raise JournalError(f"model name {name!r}: use letters, digits, '_', '-' and '.' only")
+        _model_name(name)
         files = {}
         for file in storage.list_files(folder):
             data = storage.read_bytes(storage.join(folder, file))
@@ -234,7 +247,7 @@ class JournalReader:
             self._read.add(name)
             try:
                 segment = _decode(data)
-            except (ValueError, KeyError, TypeError) as error:
+            except MISSHAPEN as error:
                 self.unreadable[storage.join(self._folder, name)] = str(error) or type(error).__name__
                 continue
             events.extend(merged for event in segment if (merged := self._merge(event)) is not None)
@@ -341,8 +354,14 @@ def _checked(key: str) -> str:
     return key
 
 
+def _model_name(name: str) -> None:
+    if not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII) or name in (".", ".."):
+        raise JournalError(f"model name {name!r}: use letters, digits, '_', '-' and '.' only")
+
+
 def _artifact_path(path: str) -> str:
-    if not path or path.startswith("/") or any(part in ("", ".", "..") for part in path.split("/")):
+    """The path itself. Raises JournalError where it may lie outside of the folder that it is relative to."""
+    if not path or "\0" in path or path.startswith("/") or any(part in ("", ".", "..") for part in path.split("/")):
         raise JournalError(f"artifact path {path!r}: give a relative path without empty parts, '.' or '..'")
     return path
 
@@ -368,7 +387,7 @@ def _encode(events: list[Event]) -> bytes:
 
 
 def _decode(data: bytes) -> list[Event]:
-    content = json.loads(data)
+    content = parse_object(data)
     if content["schema_version"] != SCHEMA_VERSION:
         raise JournalError(
             f"schema version {content['schema_version']}, this paml reads {SCHEMA_VERSION}: use the paml that wrote it"
@@ -382,4 +401,31 @@ def _decode(data: bytes) -> list[Event]:
             value = row["value"]
             row["value"] = _NOT_FINITE[value] if isinstance(value, str) else float(value)
         events.append(Event(**row))
+        _check(events[-1])
     return events
+
+
+def _check(event: Event) -> None:
+    """Raises JournalError for an event that no `Journal` writes: what follows a journal relies on these shapes."""
+    if type(event.time_ms) is not int or type(event.step) is not int or not isinstance(event.key, str):
+        raise JournalError(f"an event {event.kind!r} whose time, step or key is none")
+    if event.kind not in _SHAPES:
+        raise JournalError(f"an event of the kind {event.kind!r}: allowed are {', '.join(_SHAPES)}")
+    shape, value = _SHAPES[event.kind], event.value
+    sound = isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in shape.items())
+    if not (sound if isinstance(shape, dict) else isinstance(value, shape)):
+        raise JournalError(f"an event {event.kind!r} whose value is of another shape")
+    if event.kind in ("metric", "param", "tag", "dataset"):
+        _checked(event.key)
+    elif event.kind == "artifact":
+        _artifact_path(event.key)
+        _artifact_path(value["file"])
+    elif event.kind == "model":
+        _model_name(event.key)
+        _artifact_path(value["file"])
+        for file in value["files"]:
+            _artifact_path(file)
+    elif event.kind == "run" and not re.fullmatch(r"[\w.-]{1,250}", event.key, re.ASCII):
+        raise JournalError(f"identity {event.key!r}: letters, digits, '_', '-' and '.' only")
+    elif event.kind == "status" and value not in STATUSES:
+        raise JournalError(f"status {value!r}: allowed are {', '.join(STATUSES)}")

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paml import storage
+from paml.reading import inside, open_own, parse_object
+from paml.secrets import without_keys
 from paml.tracking.journal import END_STATUSES, Event, latest
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ class MlflowView:
         self.experiment_id = ""
         self._request_timeout_s = request_timeout_s
         self._client: MlflowClient | None = None
-        self._memory = read_memory(run_folder).get(tracking_uri, {})
+        self._memory = read_memory(run_folder).get(without_keys(tracking_uri), {})
         self._metrics: dict[str, set[int]] = {}
         self._metric_keys: set[str] = set()
         self._params: set[str] = set()
@@ -224,7 +226,7 @@ class MlflowView:
                 client.delete_logged_model(model.model_id)
         with tempfile.TemporaryDirectory() as temporary:
             for file in event.value["files"]:
-                local = os.path.join(temporary, file)
+                local = inside(temporary, file)
                 os.makedirs(os.path.dirname(local), exist_ok=True)
                 if not self._fetch(event, f"{event.value['file']}/{file}", local):
                     return
@@ -247,7 +249,7 @@ class MlflowView:
 
     def _fetch(self, event: Event, file: str, local: str) -> bool:
         """Copies a file of the run to `local`; a missing one is counted as refused."""
-        path = storage.join(self.run_folder, file)
+        path = inside(self.run_folder, file)
         if not storage.exists(path):
             self.refused.append(f"{event.kind} {event.key}: its file {path} is gone")
             return False
@@ -280,7 +282,7 @@ class MlflowView:
 
     def _remember(self) -> None:
         memory = read_memory(self.run_folder)
-        memory[self.tracking_uri] = self._memory
+        memory[without_keys(self.tracking_uri)] = self._memory
         content = json.dumps(memory, indent=1).encode()
         storage.write_bytes(storage.join(self.run_folder, "mlflow.json"), content)
 
@@ -327,7 +329,7 @@ def reason(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return without_keys(f"{type(error).__name__}: {error}".splitlines()[0])[:200]
 
 
 def _batches(events: Sequence[Event], size: int) -> Iterator[Sequence[Event]]:
@@ -354,15 +356,23 @@ def _name_model(path: str, model: Any, run_id: str) -> None:
 
 
 def read_memory(run_folder: str) -> dict[str, dict[str, Any]]:
-    """What `<run>/mlflow.json` remembers, by tracking URI: the run's id there and the artifacts sent."""
+    """What `<run>/mlflow.json` remembers, by tracking URI without user and password: the run's id and the artifacts."""
     path = storage.join(run_folder, "mlflow.json")
     if not storage.exists(path):
         return {}
     try:
-        return json.loads(storage.read_bytes(path))
+        found = parse_object(storage.read_bytes(path))
     except ValueError:
         # Only a short cut: the run is found again by its tag.
         return {}
+    return {
+        without_keys(uri): {name: known[name] for name in ("run_id", "experiment_id", "artifacts")}
+        for uri, known in found.items()
+        if isinstance(known, dict)
+        and isinstance(known.get("run_id"), str)
+        and isinstance(known.get("experiment_id"), str)
+        and isinstance(known.get("artifacts"), dict)
+    }
 
 
 def _artifact_location(tracking_uri: str, experiment: str) -> str | None:
@@ -383,7 +393,7 @@ def connect(tracking_uri: str) -> MlflowClient:
     database = Path(tracking_uri.split("///", 1)[1]).absolute()
     database.parent.mkdir(parents=True, exist_ok=True)
     # Two processes that create the tables at once break each other.
-    with open(f"{database}.lock", "w") as lock:
+    with open(open_own(f"{database}.lock", os.O_RDWR | os.O_CREAT), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         SqlAlchemyStore(tracking_uri, (database.parent / "mlartifacts").as_uri()).engine.dispose()
         return MlflowClient(tracking_uri)

@@ -12,13 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from paml import storage
 from paml.errors import CheckpointError, SettingsError
+from paml.reading import parse_object, reading
 
 SCHEMA_VERSION = 1
-_NAME = re.compile(r"step-(\d{9})")
+_NAME = re.compile(r"step-(\d{9})", re.ASCII)
+_FILE = re.compile(r"facts\.json|\w+\.safetensors", re.ASCII)
+_MEND = "remove that folder, so that the checkpoint before it is taken"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,23 +90,28 @@ def write_checkpoint(run_folder: str, step: int, checkpoint: Checkpoint) -> str:
 def read_checkpoint(run_folder: str, name: str, groups: tuple[str, ...] | None = None) -> Checkpoint:
     """Read and verify; `groups` limits which tensors are read (None: all).
 
-    Raises CheckpointError where COMMIT is absent or a file differs in size or digest, OtherSchemaError where
-    another version of paml wrote it.
+    Raises CheckpointError where COMMIT is absent, a file differs in size or digest, or is no safetensors or JSON at
+    all, OtherSchemaError where another version of paml wrote it.
     """
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(f"{name!r} is no checkpoint's name, which is step- and nine digits")
     folder = storage.join(_folder(run_folder), name)
     try:
-        commit = json.loads(storage.read_bytes(storage.join(folder, "COMMIT")))
-        version = commit["schema_version"]
-        files = {file: (fact["size"], fact["sha256"]) for file, fact in commit["files"].items()}
+        listed = storage.read_bytes(storage.join(folder, "COMMIT"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} has no COMMIT: it was never finished") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/COMMIT is damaged: {type(error).__name__}: {error}") from error
+    with reading(f"{folder}/COMMIT", _MEND, CheckpointError):
+        commit = parse_object(listed)
+        version = commit["schema_version"]
+        files = {file: (fact["size"], fact["sha256"]) for file, fact in commit["files"].items()}
     if version != SCHEMA_VERSION:
         raise OtherSchemaError(
             f"{folder} has schema version {version}, this paml reads {SCHEMA_VERSION}: go on with the paml that wrote "
             "it, or begin a run of another run.name"
         )
+    other = [file for file in files if not _FILE.fullmatch(file)]
+    if other:
+        raise CheckpointError(f"{folder}/COMMIT is damaged: it lists {other[0]!r}, which is no file of a checkpoint")
     contents: dict[str, bytes] = {}
     for file, (size, sha256) in files.items():
         group = file.removesuffix(".safetensors")
@@ -119,8 +128,13 @@ def read_checkpoint(run_folder: str, name: str, groups: tuple[str, ...] | None =
         contents[file] = data
     if "facts.json" not in contents:
         raise CheckpointError(f"{folder}/COMMIT is damaged: it does not list facts.json")
-    facts = json.loads(contents.pop("facts.json"))
-    return Checkpoint({file.removesuffix(".safetensors"): load(data) for file, data in contents.items()}, facts)
+    with reading(f"{folder}/facts.json", _MEND, CheckpointError):
+        facts = parse_object(contents.pop("facts.json"))
+    tensors = {}
+    for file, data in contents.items():
+        with reading(f"{folder}/{file}", _MEND, CheckpointError, (SafetensorError,)):
+            tensors[file.removesuffix(".safetensors")] = load(data)
+    return Checkpoint(tensors, facts)
 
 
 def committed(run_folder: str) -> list[str]:

@@ -14,12 +14,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from paml import storage
 from paml.data.loader import Loader
 from paml.data.plan import EpochPlan
-from paml.errors import NonFiniteLossError, SettingsError
+from paml.errors import CheckpointError, NonFiniteLossError, SettingsError
 from paml.losses import LOSSES, check_reject_rate
 from paml.metrics import Pairs, Scores, scores, write_pairs
 from paml.models.cam import CamClassifier, build_model, set_training
+from paml.reading import read_facts, reading
 from paml.training.allocator import keep_memory
 from paml.training.checkpoint import (
     Checkpoint,
@@ -114,6 +116,14 @@ class Result:
         return {"best": self.best, "test": test, "history": self.history}
 
     @classmethod
+    def read(cls, run_folder: str) -> "Result":
+        """What a finished run left in result.json. Raises FileNotFoundError, and DataError where it is damaged."""
+        path, mend = storage.join(run_folder, "result.json"), "remove it, and resume the run to its end"
+        facts = read_facts(path, mend)
+        with reading(path, mend):
+            return cls.from_json(facts)
+
+    @classmethod
     def from_json(cls, facts: dict[str, Any]) -> "Result":
         """What `to_json` made."""
         test = {}
@@ -129,15 +139,11 @@ def _plain(value: Any) -> Any:
 
 def run_folder_of(settings: TrainSettings) -> str:
     """Where all of the run lies."""
-    from paml import storage
-
     return storage.join(settings.run.storage, settings.run.name)
 
 
 def pairs_path(run_folder: str, alpha: str) -> str:
     """Where a run leaves the scored pairs of its test split, for one alpha."""
-    from paml import storage
-
     return storage.join(run_folder, "artifacts", f"test_pairs_alpha_{alpha}.parquet")
 
 
@@ -204,20 +210,23 @@ def _resume(state: TrainState, run_folder: str, watcher: Watcher) -> None:
         watcher.say(f"passed over a checkpoint: {fault}")
     if checkpoint is None:
         return
-    refuse_other_settings(checkpoint.facts["settings"], state.settings)
-    if checkpoint.facts["num_classes"] != state.num_classes:
+    where, mend = f"{run_folder}/checkpoints", "remove the newest one, or begin a run of another run.name"
+    with reading(where, mend, CheckpointError):
+        stored, num_classes = checkpoint.facts.get("data", {}), checkpoint.facts["num_classes"]
+        refuse_other_settings(checkpoint.facts["settings"], state.settings)
+        other = [name for name, digest in state.data_digests.items() if stored.get(name, digest) != digest]
+    if num_classes != state.num_classes:
         raise SettingsError(
             f"the label table has {state.num_classes} classes, the checkpoint's head has "
-            f"{checkpoint.facts['num_classes']}: train on the table that the run was begun with"
+            f"{num_classes}: train on the table that the run was begun with"
         )
-    stored = checkpoint.facts.get("data", {})
-    other = [name for name, digest in state.data_digests.items() if stored.get(name, digest) != digest]
     if other:
         raise SettingsError(
             f"the {', '.join(other)} below data.root differ from those that the run was begun with: put the same "
             "ones back, or give the new run another run.name"
         )
-    load_state(state, checkpoint)
+    with reading(where, mend, CheckpointError, (RuntimeError,)):  # tensors of another network, or other figures
+        load_state(state, checkpoint)
     if state.world.first:
         watcher.say(
             f"going on at epoch {state.epoch}, step {state.step} of {state.steps_per_epoch} "

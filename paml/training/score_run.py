@@ -1,15 +1,15 @@
 """Score a checkpoint of a run on any split, long after training."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from typing import Any
 
 from paml import storage
 from paml.data.device import Normaliser
-from paml.errors import DataError, SettingsError
+from paml.errors import CheckpointError, DataError, SettingsError
 from paml.metrics import Scores, score_table, scores, write_per_class
 from paml.models.cam import CamClassifier, build_model
+from paml.reading import read_facts, reading
 from paml.training.checkpoint import committed, read_checkpoint
 from paml.training.data import eval_loader, open_split, same_classes
 from paml.training.evaluate import score_pairs
@@ -42,12 +42,14 @@ class EvaluateSettings:
 
 
 def settings_of_run(run_folder: str) -> TrainSettings:
-    """The settings that a run was begun with. Raises DataError where there is no run."""
+    """The settings that a run was begun with. Raises DataError where there is no run, or run.json is damaged."""
+    path, mend = storage.join(run_folder, "run.json"), "copy the run again"
     try:
-        facts = json.loads(storage.read_bytes(storage.join(run_folder, "run.json")))
+        facts = read_facts(path, mend)
     except FileNotFoundError as error:
         raise DataError(f"{run_folder} holds no run (run.json is missing): give the folder <storage>/<name>") from error
-    return unflatten(TrainSettings, facts["settings"])
+    with reading(path, mend):
+        return unflatten(TrainSettings, facts["settings"])
 
 
 def choose_checkpoint(run_folder: str, run: TrainSettings, which: str, alpha: float) -> tuple[str, dict[str, Any]]:
@@ -61,23 +63,30 @@ def choose_checkpoint(run_folder: str, run: TrainSettings, which: str, alpha: fl
     if not names:
         raise DataError(f"{run_folder} has no whole checkpoint yet")
     facts = read_checkpoint(run_folder, names[-1], groups=()).facts
-    best = facts["best"].get(f"{alpha:g}", facts["best"].get(f"{run.boost.eval:g}"))
+    with reading(f"{run_folder}/checkpoints/{names[-1]}", "copy the run again", CheckpointError):
+        best = facts["best"].get(f"{alpha:g}", facts["best"].get(f"{run.boost.eval:g}"))
+        best_name = best["checkpoint"] if best else ""
     if which == "best" and best is None:
         raise DataError(
             f"{run_folder} has no best checkpoint yet, for no epoch trained end to end is over: wait, or take newest"
         )
-    name = {"newest": names[-1], "best": best["checkpoint"] if best else ""}.get(which, which)
+    name = {"newest": names[-1], "best": best_name}.get(which, which)
     if name not in names:
         raise SettingsError(f"checkpoint {name!r} is not in {run_folder}; there are {', '.join(names)}")
     return name, facts
 
 
 def load_model(run_folder: str, run: TrainSettings, name: str) -> CamClassifier:
-    """The network with a checkpoint's scored weights: the averaged ones where the run keeps them."""
+    """The network with a checkpoint's scored weights: the averaged ones where the run keeps them.
+
+    Raises CheckpointError, also where the weights are not those of the run's network.
+    """
     group = "averaged" if run.optimiser.average else "weights"
     checkpoint = read_checkpoint(run_folder, name, groups=(group,))
-    model = build_model(dataclasses.replace(run.model, weights=None), checkpoint.facts["num_classes"])
-    model.load_state_dict(checkpoint.tensors[group])
+    where = f"{run_folder}/checkpoints/{name}"
+    with reading(where, "copy the run again", CheckpointError, (RuntimeError,)):
+        model = build_model(dataclasses.replace(run.model, weights=None), checkpoint.facts["num_classes"])
+        model.load_state_dict(checkpoint.tensors[group])
     return model.eval()
 
 

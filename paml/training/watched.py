@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from paml import storage
@@ -13,6 +14,7 @@ from paml.errors import PamlError
 from paml.labels.states import POSITIVE
 from paml.models.boost import boost_lu
 from paml.models.cam import CamClassifier, pool_logits
+from paml.reading import reading
 from paml.shards.reader import ShardReader
 from paml.training.data import Split
 from paml.training.evaluate import evaluating
@@ -80,13 +82,16 @@ def keep_maps(
 
 
 def kept_maps(run_folder: str, epoch: int) -> list[tuple[np.ndarray, float]] | None:
-    """(map, logit) of each watched label after an epoch; None where none were kept."""
+    """(map, logit) of each watched label after an epoch; None where none were kept. Raises DataError."""
+    path = _path(run_folder, epoch)
     try:
-        tensors = load(storage.read_bytes(_path(run_folder, epoch)))
+        data = storage.read_bytes(path)
     except FileNotFoundError:
         return None
-    places = range(len(tensors) // 2)
-    return [(tensors[f"map.{place}"].numpy(), float(tensors[f"logit.{place}"])) for place in places]
+    with reading(path, "remove it: that epoch is then left out of the picture", also=(SafetensorError, RuntimeError)):
+        tensors = load(data)
+        places = range(len(tensors) // 2)
+        return [(tensors[f"map.{place}"].numpy(), float(tensors[f"logit.{place}"])) for place in places]
 
 
 def _path(run_folder: str, epoch: int) -> str:
