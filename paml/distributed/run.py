@@ -21,6 +21,7 @@ import numpy as np
 from paml import __version__, storage
 from paml.distributed import cluster
 from paml.errors import SettingsError, Stopped
+from paml.explain.gallery import draw_gallery, gallery_html, shown_epochs
 from paml.explain.panel import PanelRow, draw_map_panel
 from paml.metrics import Scores, score_table, write_per_class
 from paml.predict.predictor import ModelFacts, write_model_folder
@@ -260,8 +261,20 @@ def _report(result: Result, settings: TrainSettings, data: RunData, run_folder: 
         path = storage.join(run_folder, "artifacts", "rejected_by_epoch.png")
         rejected_by_epoch_figure(rejected, path)
         journal.artifact(path, "figures/rejected_by_epoch.png")
+    _report_rejected(settings, data, run_folder, len(result.history), journal)
     _report_maps(settings, data, run_folder, len(result.history), journal)
     _final_model(result, settings, data, run_folder, journal)
+
+
+def _report_rejected(settings: TrainSettings, data: RunData, run_folder: str, epochs: int, journal: Journal) -> None:
+    """What was rejected, to be looked at: a figure, and a page with more of it."""
+    shown = shown_epochs(run_folder, data.train, epochs, settings.seed)
+    if not shown:
+        return
+    path = storage.join(run_folder, "artifacts", "rejected_labels.png")
+    draw_gallery(shown, path)
+    journal.artifact(path, "figures/rejected_labels.png")
+    journal.artifact_bytes(gallery_html(settings.run.name, shown).encode(), "rejected_labels.html")
 
 
 def _report_maps(settings: TrainSettings, data: RunData, run_folder: str, epochs: int, journal: Journal) -> None:
