@@ -23,10 +23,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 class MlflowServer:
     """Started again on the same port, it holds what it held before."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, port: int = 0):
+        """port: 0 for one that is free."""
         self.folder = folder
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind(("127.0.0.1", port))
             self.port = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
