@@ -26,6 +26,10 @@ from tests.helpers.browser import Browser
 from tests.tracking.conftest import MlflowServer
 
 ROOT = Path(__file__).resolve().parents[1]
+NO_ASSISTANT = """(keys => {
+    keys.forEach(key => localStorage.setItem(key, "false"));
+    return keys.length;
+})(Object.keys(localStorage).filter(key => key.includes("assistant.panelOpen")))"""
 OUT = ROOT / "benchmarks" / "pages"
 LARGEST = 200_000
 WIDTH = 1440
@@ -103,12 +107,12 @@ def shoot(work: Path, server: MlflowServer) -> None:
     """One picture after the other."""
     run, tried = (address(server, work / "runs" / name) for name in ("digits", "tried/sweep"))
     trials = f"{tried.rpartition('/runs/')[0]}/runs?compareRunsMode=CHART"
-    with browser_of(1060) as browser:
+    with browser_of(server, 1060) as browser:
         browser.visit(run, "Repeat:", "Finished")
         picture(browser, "run")
         browser.visit(tried, "Best:", "Finished")
         picture(browser, "sweep")
-    with browser_of(1500) as browser:
+    with browser_of(server, 1300) as browser:
         browser.visit(f"{run}/model-metrics", "rejection (", "digits (rejection/rejected)")
         picture(browser, "charts")
         browser.visit(f"{run}/artifacts/rejected_labels.html", "rejected_labels.html")
@@ -120,13 +124,15 @@ def shoot(work: Path, server: MlflowServer) -> None:
 
 
 @contextlib.contextmanager
-def browser_of(height: int) -> Iterator[Browser]:
-    """A window of so many pixels, and a new profile."""
+def browser_of(server: MlflowServer, height: int) -> Iterator[Browser]:
+    """A window of so many pixels, and a new profile in which MLflow's assistant has been closed once."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as profile:
         browser = Browser(Path(profile), height=height, width=WIDTH)
         try:
+            browser.visit(server.uri)
+            browser.until(NO_ASSISTANT, "MLflow's assistant")
             yield browser
         finally:
             browser.close()
@@ -135,7 +141,7 @@ def browser_of(height: int) -> Iterator[Browser]:
 def address(server: MlflowServer, run_folder: Path) -> str:
     """Of a run's page."""
     memory = read_memory(str(run_folder))[server.uri]
-    return f"{server.uri}/#/experiments/{memory['experiment_id']}/runs/{memory['run_id']}"
+    return f"{server.uri}/?workflowType=machine_learning#/experiments/{memory['experiment_id']}/runs/{memory['run_id']}"
 
 
 def picture(browser: Browser, name: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from paml.audit.page import source_digest, thumbnail
 from paml.data.decode import decode_rgb
 from paml.errors import PamlError
-from paml.explain.figures import new_figure, plain_axes, save
+from paml.explain.figures import plain_axes, save
 from paml.labels.states import NEGATIVE, POSITIVE
 from paml.shards.reader import ShardReader
 from paml.training.data import Split
@@ -140,23 +140,33 @@ def _truth(split: Split, image: int, cls: int) -> bool | None:
 
 def draw_gallery(epochs: Sequence[ShownEpoch], path: str) -> None:
     """Draw to `path` (PNG): a row of the strongest labels for each epoch; the classes that the last rejected most."""
-    figure = new_figure(17, 0.6 + 2.35 * max(2, len(epochs)))
-    pictures, bars = figure.subfigures(1, 2, width_ratios=(12.6, 4.4))
-    rows = pictures.subplots(max(2, len(epochs)), IN_FIGURE, squeeze=False)
-    for axis in rows.ravel():
-        axis.set_axis_off()
-    for line, shown in zip(rows, epochs, strict=False):
-        for axis, label in zip(line, shown.strongest, strict=False):
-            _draw_label(axis, label)
-        line[0].set_title(f"epoch {shown.epoch}: {_said(shown)}\n\n" + line[0].get_title(), fontsize=9, loc="left")
-    pictures.suptitle(
-        "Labels rejected most strongly, by epoch (frame: green truly positive, red not, grey not known)",
-        x=0.01,
-        ha="left",
-        fontweight="bold",
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Placed by hand, in inches from the top left: a layout engine takes seconds for as many axes.
+    width, height = 16.6, 0.5 + 2.25 * max(2, len(epochs))
+
+    def axes(left: float, top: float, wide: float, high: float) -> Any:
+        return figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
+
+    def text(left: float, top: float, said: str, **look: Any) -> None:
+        figure.text(left / width, 1 - top / height, said, va="top", **look)
+
+    figure = Figure(figsize=(width, height), dpi=110)
+    FigureCanvasAgg(figure)
+    text(
+        0.1,
+        0.1,
+        "Labels rejected most strongly (frame: green truly positive, red not, grey not known)",
         fontsize=11,
+        fontweight="bold",
     )
-    _draw_classes(bars.subplots(), epochs[-1])
+    for row, shown in enumerate(epochs):
+        text(0.1, 0.45 + 2.25 * row, f"epoch {shown.epoch}: {_said(shown)}", fontsize=10)
+        for place, label in enumerate(shown.strongest[:IN_FIGURE]):
+            _draw_label(axes(0.1 + 1.5 * place, 0.95 + 2.25 * row, 1.42, 1.42), label)
+    left = 0.1 + 1.5 * IN_FIGURE + 1.7
+    _draw_classes(axes(left, 0.45, width - left - 0.2, height - 1.0), epochs[-1])
     save(figure, path)
 
 
@@ -169,7 +179,7 @@ def _draw_label(axis: Any, label: ShownLabel) -> None:
         spine.set(color=_colour(label.truth), linewidth=3)
     name = label.name if len(label.name) <= 18 else label.name[:17] + "…"
     axis.set_title(name.replace("$", r"\$"), fontsize=9, loc="left")
-    axis.set_xlabel(f"p {label.chance:.2f}, loss {label.loss:.2f}", fontsize=8)
+    axis.set_xlabel(f"loss {label.loss:.1f}", fontsize=8)
 
 
 def _draw_classes(axis: Any, shown: ShownEpoch) -> None:
@@ -182,6 +192,7 @@ def _draw_classes(axis: Any, shown: ShownEpoch) -> None:
     axis.set_yticks(places, [name.replace("$", r"\$") for name in names], fontsize=9)
     axis.set_title(f"Classes rejected most, epoch {shown.epoch}", loc="left", fontweight="bold", fontsize=11)
     axis.set_xlabel("labels")
+    axis.set_ylim(-0.7, max(CLASSES_IN_FIGURE / 2, len(classes)) - 0.3)
     plain_axes(axis)
     axis.grid(axis="y", visible=False)
     axis.legend(frameon=False, loc="lower right", fontsize=9)
