@@ -24,18 +24,18 @@ PICTURE_BYTES = 34_000
 _QUALITIES = (82, 72, 60, 48, 36, 24, 12)
 
 
-def thumbnail(pixels: np.ndarray) -> bytes:
-    """JPEG of uint8 [H, W, 3], its longest side at most THUMBNAIL_SIDE, of PICTURE_BYTES at most where JPEG can."""
+def thumbnail(pixels: np.ndarray, side: int = THUMBNAIL_SIDE, most_bytes: int = PICTURE_BYTES) -> bytes:
+    """JPEG of uint8 [H, W, 3], its longest side at most `side` pixels, of `most_bytes` at most where JPEG can."""
     from PIL import Image
 
     picture = Image.fromarray(pixels)
-    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     data = b""
     for quality in _QUALITIES:
         out = io.BytesIO()
         picture.save(out, "JPEG", quality=quality, optimize=True)
         data = out.getvalue()
-        if len(data) <= PICTURE_BYTES:
+        if len(data) <= most_bytes:
             break
     return data
 
@@ -72,7 +72,7 @@ def page_html(
     template, script = _asset("page.html"), _asset("page.js")
     style = template.split("<style>", 1)[1].split("</style>", 1)[0]
     policy = (
-        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
+        f"default-src 'none'; img-src data:; style-src '{source_digest(style)}'; script-src '{source_digest(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
     filled = template.replace("/*policy*/", policy, 1).replace("/*script*/", script, 1)
@@ -86,7 +86,8 @@ def script_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _digest(text: str) -> str:
+def source_digest(text: str) -> str:
+    """How a page's policy names a style or script that it allows."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 

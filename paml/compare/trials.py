@@ -26,6 +26,8 @@ from paml.spreadsheet import defused_row
 
 SCHEMA_VERSION = 1
 NAN = math.nan
+_IN_NOTE = 20
+_STATES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "under way"}
 MAY_DIFFER = ("trials", "at_once", "cpus_per_run", "max_failures", "address", "mlflow", "plan", "storage", "experiment")
 """Settings that a sweep which goes on may change."""
 
@@ -266,11 +268,10 @@ def best_recipe(sweep: Sweep, best: Trial, trials: Sequence[Trial], path: str) -
     flat = {**sweep.base, **sweep.values(best.point), "boost.eval_also": [], "run.name": f"{sweep.settings.name}-best"}
     read_training(flat, f"trial {best.number}")
     ends = ", ".join(f"{count} {state}" for state, count in counted(trials).items())
-    said = ", ".join(f"{name} {shown(value)}" for name, value in best.point.items())
     opening = [
         f"python jobs/train_openimages.py --config {path}",
         f"The best of {len(trials)} trials ({ends}) by validation mAP, searched by {sweep.settings.search}:",
-        f"val mAP {100 * best.score:.2f} in epoch {best.epoch} with {said} (trial {best.number}).",
+        f"val mAP {100 * best.score:.2f} in epoch {best.epoch} with {said_point(best.point)} (trial {best.number}).",
         "The test split was not looked at; this training scores it, once.",
     ]
     return recipe_text(flat, opening)
@@ -280,6 +281,54 @@ def counted(trials: Iterable[Trial]) -> dict[str, int]:
     """State -> how many, those of none left out."""
     states = [trial.state for trial in trials]
     return {state: states.count(state) for state in ("finished", "stopped", "failed", "running") if state in states}
+
+
+def as_note(sweep: Sweep, trials: Iterable[Trial], command: str, recipe: str | None) -> str:
+    """What stands at the head of the sweep's page, in Markdown: the best, how many ended and how, what was searched,
+    how to repeat it. The page shows some lines of it before a click, so that the outcome comes first.
+
+    command: that began it. recipe: where the best one lies, None while the sweep goes on.
+    """
+    settings, trials = sweep.settings, list(trials)
+    best, failed = best_trial(trials), [trial for trial in trials if trial.state == "failed"]
+    counts = ", ".join(f"{count} {_STATES[state]}" for state, count in counted(trials).items())
+    parts = ["No trial has a score yet." if best is None else f"**Best: validation mAP {_said_best(sweep, best)}"]
+    parts.append(f"**Trials:** {len(trials)} of {settings.count}{': ' if counts else ''}{counts}.")
+    if recipe is not None:
+        parts.append(
+            f"**Train the best:** `python jobs/train_openimages.py --config {recipe}`; it scores the test split, which "
+            "no trial has opened. The recipe is also the artifact `recipes/best.yaml`."
+        )
+    parts.append(f"**Repeat, or go on after a stop:** `{command}`; every setting is in the artifact `settings.yaml`.")
+    axes = "\n".join(f"- `{axis}`" for axis in sweep.axes)
+    parts.append(f"**Searched** by {settings.search}, stopped early by {settings.scheduler}, over\n\n{axes}")
+    parts += [f"**Trial {trial.number} failed:** {_plain(trial.error or '')}" for trial in failed]
+    if trials:
+        shown_here = ranked(trials)[:_IN_NOTE]
+        more = f" (the best {_IN_NOTE} of {len(trials)}, all in `tables/trials.txt`)" if len(trials) > _IN_NOTE else ""
+        parts.append(f"Trials, validation mAP in percent{more}:\n\n```\n{as_text(sweep, shown_here)}\n```")
+    parts.append(
+        "**The trials are the runs below this one.** In the experiment's list sort them by `best_val_map`, filter them "
+        "by `tags.trial_state = 'finished'` or by a setting (`params.\"loss.name\" = 'll-r'`), or tick some and "
+        "press Compare. Pictures are in `figures/`."
+    )
+    return "\n\n".join(parts)
+
+
+def said_point(point: Mapping[str, Any]) -> str:
+    """What a trial tries, on one line."""
+    return ", ".join(f"{name} {shown(value)}" for name, value in point.items())
+
+
+def _said_best(sweep: Sweep, best: Trial) -> str:
+    point = ", ".join(f"`{name}` {shown(value)}" for name, value in best.point.items())
+    early = "" if best.state == "finished" else f", {_STATES[best.state]}"
+    return f"{100 * best.score:.2f}** in epoch {best.epoch} of trial {best.number}{early}, with {point}"
+
+
+def _plain(text: str) -> str:
+    """A line that Markdown shows as it is."""
+    return "`" + " ".join(text.split()).replace("`", "'") + "`"
 
 
 def said_plan(sweep: Sweep, trials: Mapping[int, Trial], epochs: int) -> str:

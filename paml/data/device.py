@@ -55,21 +55,23 @@ Normalise = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 """A batch's images (or cached features) and flips to what the network takes."""
 
 
+def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to a device; one to a GPU does not wait for it."""
+    if device.type == "cpu":
+        return tensor
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+
+
 def to_device(batch: Batch, num_classes: int, normalise: Normalise, device: torch.device) -> DeviceBatch:
     """Copy and prepare one batch; on a GPU nothing here waits for the device."""
-
-    def move(tensor: torch.Tensor) -> torch.Tensor:
-        if device.type == "cpu":
-            return tensor
-        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
     def states(triples: LabelTriples) -> torch.Tensor:
         return scatter_states(triples.to(device), len(batch), num_classes)
 
     return DeviceBatch(
-        images_BCHW=normalise(move(batch.images), move(batch.flips)),
+        images_BCHW=normalise(move(batch.images, device), move(batch.flips, device)),
         state_BK=states(batch.labels),
         probe_BK=states(batch.probe),
         truth_BK=None if batch.truth is None else states(batch.truth),
-        slots_B=move(batch.slots),
+        slots_B=move(batch.slots, device),
     )

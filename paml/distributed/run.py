@@ -21,6 +21,7 @@ import numpy as np
 from paml import __version__, storage
 from paml.distributed import cluster
 from paml.errors import SettingsError, Stopped
+from paml.explain.gallery import draw_gallery, gallery_html, shown_epochs
 from paml.explain.panel import PanelRow, draw_map_panel
 from paml.metrics import Scores, score_table, write_per_class
 from paml.predict.predictor import ModelFacts, write_model_folder
@@ -218,21 +219,35 @@ def _open_journal(journal: Journal, settings: TrainSettings, data: RunData, more
         )
 
 
-def _note(settings: TrainSettings, data: RunData, rows: Mapping[str, Scores] | None = None) -> str:
+def said_command() -> str:
+    """The command that started this process, from the top of the repository."""
+    return without_keys(shlex.join(["python", f"jobs/{Path(sys.argv[0]).name}", *sys.argv[1:]]))
+
+
+def _note(
+    settings: TrainSettings,
+    data: RunData,
+    rows: Mapping[str, Scores] | None = None,
+    best: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
     """What stands at the head of the run's page, in Markdown: its scores, what it is, how to repeat it.
 
     The page shows five lines of it before a click, so the scores come first.
     """
     digests = ", ".join(f"{split.name} `{_data_digest(split)}`" for split in data.splits)
     versions = ", ".join(f"{name.removeprefix('version.')} {version}" for name, version in _versions().items())
-    command = without_keys(shlex.join([f"jobs/{Path(sys.argv[0]).name}", *sys.argv[1:]]))
-    maps = "; ".join(f"**test mAP {100 * scores.map:.2f}** ({name})" for name, scores in (rows or {}).items())
+    maps = [f"**test mAP {100 * scores.map:.2f}** ({name})" for name, scores in (rows or {}).items()]
+    maps += [
+        f"**validation mAP {100 * found['map']:.2f}** (alpha {alpha}, epoch {found['epoch']})"
+        for alpha, found in (best or {}).items()
+    ]
+    unscored = "No test scores yet." if data.test is not None else "The test split is not opened."
     parts = [
-        maps or "No test scores yet.",
+        "; ".join(maps) or unscored,
         f"**{settings.loss.name}**, boost {settings.boost.train:g} in training and {settings.boost.eval:g} in scoring, "
         f"{settings.model.backbone} at {data.image_size} px, on `{settings.data.root}` "
         f"({len(data.train.samples):,} images, {len(data.classes):,} classes).",
-        f"**Repeat:** `python {command}`; every setting is in the artifact `settings.yaml`.",
+        f"**Repeat:** `{said_command()}`; every setting is in the artifact `settings.yaml`.",
         f"**Data** (digests of shards and labels): {digests}.",
         f"**Versions:** {versions}.",
     ]
@@ -260,7 +275,7 @@ def _report(result: Result, settings: TrainSettings, data: RunData, run_folder: 
         table = score_table(rows)
         print(f"\ntest scores of {settings.run.name}, in percent\n{table}\n", flush=True)
         journal.artifact_bytes(table.encode(), "tables/test_scores.txt")
-        journal.note(_note(settings, data, rows))
+    journal.note(_note(settings, data, rows, result.best))
     journal.artifact_bytes(json.dumps(_finite(result.history), indent=1).encode(), "tables/history.json")
     rejected = [
         {name.removeprefix("rejection/"): value for name, value in figures.items()} for figures in result.history
@@ -269,8 +284,20 @@ def _report(result: Result, settings: TrainSettings, data: RunData, run_folder: 
         path = storage.join(run_folder, "artifacts", "rejected_by_epoch.png")
         rejected_by_epoch_figure(rejected, path)
         journal.artifact(path, "figures/rejected_by_epoch.png")
+    _report_rejected(settings, data, run_folder, len(result.history), journal)
     _report_maps(settings, data, run_folder, len(result.history), journal)
     _final_model(result, settings, data, run_folder, journal)
+
+
+def _report_rejected(settings: TrainSettings, data: RunData, run_folder: str, epochs: int, journal: Journal) -> None:
+    """What was rejected, to be looked at: a figure, and a page with more of it."""
+    shown = shown_epochs(run_folder, data.train, epochs, settings.seed)
+    if not shown:
+        return
+    path = storage.join(run_folder, "artifacts", "rejected_labels.png")
+    draw_gallery(shown, path)
+    journal.artifact(path, "figures/rejected_labels.png")
+    journal.artifact_bytes(gallery_html(settings.run.name, shown).encode(), "rejected_labels.html")
 
 
 def _report_maps(settings: TrainSettings, data: RunData, run_folder: str, epochs: int, journal: Journal) -> None:

@@ -30,6 +30,7 @@ from paml.compare.trials import (
     Sweep,
     Trial,
     as_csv,
+    as_note,
     as_text,
     best_recipe,
     best_trial,
@@ -42,9 +43,9 @@ from paml.compare.trials import (
     read_trial,
     read_trials,
     said_plan,
+    said_point,
     score_of,
     scores_in,
-    shown,
     write_trial,
 )
 from paml.distributed import cluster
@@ -54,10 +55,10 @@ from paml.distributed.grid_run import AGAIN
 from paml.distributed.metrics import RayMeter
 from paml.distributed.prepare_ray import refuse_unshared
 from paml.distributed.ray_train import connect, ray_storage, train_on_ray
-from paml.distributed.run import train_run
+from paml.distributed.run import said_command, train_run
 from paml.errors import PamlError, SettingsError
 from paml.shards.tasks import one_line
-from paml.tracking import Journal, MlflowFollower, read_journal, replay
+from paml.tracking import Event, Journal, MlflowFollower, read_journal, replay
 from paml.tracking.journal import END_STATUSES
 from paml.training.data import open_data
 from paml.training.loop import Result, Watcher, train
@@ -65,6 +66,8 @@ from paml.training.settings import TrainSettings, WorkerSettings
 from paml.training.world import World, current_world
 
 METRIC, TIME = "val_map", "epoch"
+STATE_TAG, POINT_TAG = "trial_state", "trial_point"
+"""Of a trial's run in MLflow: finished, stopped or failed; and what it tries."""
 _AROUND_WORKERS = 0.01
 """CPUs of a trial that only waits for its Ray Train workers; a whole one would starve them, and none is refused."""
 _CLOSE_SECONDS = 30.0
@@ -102,9 +105,7 @@ def run_sweep(settings: SweepSettings) -> int:
         _report(sweep, known.trials, journal)
         return 1 if any(trial.state == "failed" for trial in known.trials.values()) else 0
 
-    note = f"{settings.count} trials by {settings.search} search, scheduler {settings.scheduler}, over\n\n" + "\n".join(
-        f"- `{axis}`" for axis in sweep.axes
-    )
+    note = as_note(sweep, trials.values(), said_command(), None)
     children = [sweep.run_folder(number) for number in range(1, settings.count + 1)]
     return tracked(settings, settings.name, sweep.folder, note, children, work)
 
@@ -352,6 +353,7 @@ class _Trials(Searcher):
         self._end_journal(number)
         self._say(trial)
         best = best_trial(self.trials.values())
+        self._journal.note(as_note(self.sweep, self.trials.values(), said_command(), None))
         figures = {f"trial/{name}": float(count) for name, count in counted(self.trials.values()).items()}
         self._journal.metrics(figures | ({"best_val_map": best.score} if best else {}), self._ended())
         follower = self._followers.pop(number, None)
@@ -362,27 +364,37 @@ class _Trials(Searcher):
         return sum(trial.state != "running" for trial in self.trials.values())
 
     def _say(self, trial: Trial) -> None:
-        said = ", ".join(f"{name} {shown(value)}" for name, value in trial.point.items())
         how = {"finished": "done", "stopped": f"stopped after epoch {len(trial.scores)}"}.get(trial.state, "FAILED")
         scored = f", val mAP {100 * trial.score:.2f} in epoch {trial.epoch}" if trial.scores else ""
         error = f": {trial.error}" if trial.error else ""
         head = f"[{self._ended()}/{self.sweep.settings.count} trials]"
-        print(f"{head} trial {trial.number}: {how}{scored} ({spoken(trial.seconds)}; {said}){error}", flush=True)
+        print(
+            f"{head} trial {trial.number}: {how}{scored} ({spoken(trial.seconds)}; {said_point(trial.point)}){error}",
+            flush=True,
+        )
 
     def _end_journal(self, number: int) -> None:
-        """Say how the run ended where its own process could not: it was stopped between two epochs, or was lost."""
+        """Say how the trial ended, so that MLflow can filter by it, and the run's status where its own process could
+        not: it was stopped between two epochs, or was lost."""
         trial, folder = self.trials[number], self.sweep.run_folder(number)
-        if _status(folder) not in (None, *END_STATUSES):
-            journal = Journal(folder, "sweep")
-            if trial.state == "stopped":
-                journal.tags({"sweep.stopped_after_epoch": str(len(trial.scores))})
+        events = read_journal(folder, unreadable={})
+        status = _last(event for event in events if event.kind == "status")
+        if status is None:
+            return  # it did not come so far as to open it
+        journal = Journal(folder, "sweep")
+        if _last(event for event in events if event.key == STATE_TAG) != trial.state:
+            stopped = {"sweep.stopped_after_epoch": str(len(trial.scores))} if trial.state == "stopped" else {}
+            journal.tags({STATE_TAG: trial.state, **stopped})
+            if trial.scores:
+                journal.metrics({"best_val_map": trial.score}, trial.epoch)
+        if status not in END_STATUSES:
             journal.status("FAILED" if trial.state == "failed" else "FINISHED")
 
     def killed(self) -> None:
         """Let the journals of the trials under way say so."""
         for number in self._begun:
             folder = self.sweep.run_folder(number)
-            if _status(folder) == "RUNNING":
+            if _last(event for event in read_journal(folder, unreadable={}) if event.kind == "status") == "RUNNING":
                 Journal(folder, "sweep").status("KILLED")
 
     def close(self) -> None:
@@ -417,9 +429,9 @@ class _Trials(Searcher):
         return object, ()
 
 
-def _status(run_folder: str) -> str | None:
-    statuses = [event.value for event in read_journal(run_folder, unreadable={}) if event.kind == "status"]
-    return statuses[-1] if statuses else None
+def _last(events: Iterable[Event]) -> Any:
+    """The value of the last of them, None of none."""
+    return next((event.value for event in reversed(list(events))), None)
 
 
 class _Reports(TuneReportCallback):
@@ -474,7 +486,8 @@ def _trial(
         return train(settings, world, watcher)
 
     try:
-        train_run(settings, say=say, tags={**tags, "trial": str(trial.number)}, again=AGAIN, launch=launch)
+        own = {"trial": str(trial.number), POINT_TAG: said_point(trial.point)}
+        train_run(settings, say=say, tags={**tags, **own}, again=AGAIN, launch=launch)
         epoch, score, more = settings.epochs, scores_in(folder)[-1], {}
     except PamlError as error:  # starting again would only repeat it, and Tune starts whatever raises again
         epoch, score, more = len(scores_in(folder)) + 1, -1.0, {"failed": str(error)}
@@ -509,6 +522,7 @@ def _report(sweep: Sweep, trials: Mapping[int, Trial], journal: Journal) -> None
     if best is not None:
         score = f"val mAP {100 * best.score:.2f}"
         print(f"best: trial {best.number}, {score}; train {path} to score the test split", flush=True)
+    journal.note(as_note(sweep, ended, said_command(), path if best is not None else None))
     failed = [trial for trial in ended if trial.state == "failed"]
     for trial in failed:
         print(f"trial {trial.number} FAILED: {trial.error}", file=sys.stderr, flush=True)

@@ -135,7 +135,7 @@ class MlflowView:
         if experiment is None:
             try:
                 location = _artifact_location(self.tracking_uri, name)
-                experiment_id = client.create_experiment(name, artifact_location=location)
+                experiment_id = client.create_experiment(name, artifact_location=location, tags=_KIND)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -373,6 +373,10 @@ def read_memory(run_folder: str) -> dict[str, dict[str, Any]]:
         and isinstance(known.get("experiment_id"), str)
         and isinstance(known.get("artifacts"), dict)
     }
+
+
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""So that the pages open with runs and charts, and not with what language models need."""
 
 
 def _artifact_location(tracking_uri: str, experiment: str) -> str | None:

@@ -35,8 +35,18 @@ from paml.training.data import RunData, Split, eval_loader, loss_memory, open_da
 from paml.training.evaluate import score_pairs
 from paml.training.features import with_features
 from paml.training.meter import PLACE, Meter, Usage
+from paml.training.rejected import keep_rejected
 from paml.training.settings import TrainSettings, refuse_other_settings
-from paml.training.state import COUNTS, TrainState, enter_epoch, load_state, new_state, save_state, share_corrections
+from paml.training.state import (
+    COUNTS,
+    TrainState,
+    enter_epoch,
+    load_state,
+    new_state,
+    save_state,
+    share_corrections,
+    share_rejected,
+)
 from paml.training.step import settle_waiting, train_step
 from paml.training.watched import keep_maps, watched_labels
 from paml.training.world import World
@@ -304,6 +314,9 @@ def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float
     meter.step(0, loader.take_traffic())
     settle_waiting(state)
     share_corrections(state)
+    share_rejected(state)
+    if state.world.first:
+        keep_rejected(run_folder, state.epoch, state.rejected)
     if state.memory is not None and not state.phase.head_only:
         state.memory.end_epoch(state.loss_epoch)
     _name_bad(state, loader, f"epoch {state.epoch}", watcher)

@@ -16,6 +16,7 @@ from paml.models.cam import set_learning
 from paml.training.checkpoint import Checkpoint
 from paml.training.optimiser import build_optimiser, rate_at
 from paml.training.phases import Phase
+from paml.training.rejected import Rejected
 from paml.training.settings import TrainSettings, flatten
 from paml.training.world import World
 
@@ -36,7 +37,10 @@ COUNTS = (
 
 @dataclasses.dataclass
 class TrainState:
-    """Model, optimiser and place of one worker. Equal on all workers, but for `loss_sum`, `counts`, `new_codes`."""
+    """Model, optimiser and place of one worker.
+
+    Equal on all workers, but for `loss_sum`, `counts`, `rejected` and `new_codes`.
+    """
 
     settings: TrainSettings
     world: World
@@ -55,6 +59,8 @@ class TrainState:
     """float64 scalar on the device: sum of the epoch's label losses of this worker."""
     counts: torch.Tensor
     """int64 [len(COUNTS)] on the device: this worker's share of the epoch's counts."""
+    rejected: Rejected
+    """What this worker keeps of the epoch's rejected labels."""
     epoch: int = 1
     """The epoch under way, from 1."""
     step: int = 0
@@ -140,6 +146,7 @@ def new_state(
         overlay=LabelOverlay(num_classes),
         loss_sum=torch.zeros((), dtype=torch.float64, device=world.device),
         counts=torch.zeros(len(COUNTS), dtype=torch.int64, device=world.device),
+        rejected=Rejected(num_classes, settings.seed, epoch=1),
     )
 
 
@@ -156,6 +163,7 @@ def enter_epoch(state: TrainState, epoch: int) -> None:
     """Go to the beginning of `epoch`; all workers must call it. A phase begins with a fresh optimiser."""
     before = state.phase
     state.epoch, state.step = epoch, 0
+    state.rejected = Rejected(state.num_classes, state.settings.seed, epoch)
     if state.phase != before:
         state.network = state.model  # DDP's hooks go before others come
         state.optimiser, state.network = _learners(state.settings, state.world, state.model, epoch=epoch)
@@ -196,6 +204,14 @@ def share_corrections(state: TrainState) -> None:
             state.overlay.add(codes)
 
 
+def share_rejected(state: TrainState) -> None:
+    """Bring what the workers keep of the epoch's rejected labels to the first; all workers must call it."""
+    found = state.world.gather_objects((state.rejected.codes, state.rejected.logits, state.rejected.by_class))
+    state.rejected = Rejected(state.num_classes, state.settings.seed, state.epoch)
+    for own in found if state.world.first else ():
+        state.rejected.add(*own)
+
+
 def _generators(device: torch.device) -> list[torch.Tensor]:
     """States of the generators that a network may draw from on this device."""
     cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
@@ -205,6 +221,7 @@ def _generators(device: torch.device) -> list[torch.Tensor]:
 def save_state(state: TrainState) -> Checkpoint | None:
     """A checkpoint of the whole run on the first worker, None on the others. All workers must call it."""
     share_corrections(state)
+    share_rejected(state)
     totals = state.world.sum(state.loss_sum.clone()), state.world.sum(state.counts.clone())
     state.loss_sum.copy_(totals[0] if state.world.first else torch.zeros_like(totals[0]))
     state.counts.copy_(totals[1] if state.world.first else torch.zeros_like(totals[1]))
@@ -219,6 +236,9 @@ def save_state(state: TrainState) -> Checkpoint | None:
             "overlay": torch.from_numpy(state.overlay.codes),
             "loss_sum": state.loss_sum,
             "counts": state.counts,
+            "rejected.codes": torch.from_numpy(state.rejected.codes),
+            "rejected.logits": torch.from_numpy(state.rejected.logits),
+            "rejected.by_class": torch.from_numpy(state.rejected.by_class),
             **{
                 f"generator.{rank}.{place}": torch.frombuffer(bytearray(drawn), dtype=torch.uint8)
                 for rank, own in enumerate(generators)
@@ -276,6 +296,8 @@ def load_state(state: TrainState, checkpoint: Checkpoint) -> None:
     if state.world.first:
         state.loss_sum.copy_(progress["loss_sum"])
         state.counts.copy_(progress["counts"])
+        if "rejected.codes" in progress:  # an older paml kept none
+            state.rejected.add(*(progress[f"rejected.{name}"].numpy() for name in ("codes", "logits", "by_class")))
     own = [progress.get(f"generator.{state.world.rank}.{place}") for place in range(2)]
     if own[0] is not None:
         torch.set_rng_state(own[0])

@@ -5,12 +5,13 @@ import contextlib
 import numpy as np
 import torch
 
-from paml.data.device import DeviceBatch, to_device
+from paml.data.device import DeviceBatch, move, to_device
 from paml.data.loader import Batch
 from paml.errors import NonFiniteLossError
 from paml.labels.states import NEGATIVE, POSITIVE, UNOBSERVED
 from paml.losses import partial_label_loss, rejects_in
 from paml.training.optimiser import average_into, set_rate
+from paml.training.rejected import Found, add_found, find_rejected
 from paml.training.state import TrainState
 
 
@@ -43,7 +44,8 @@ def train_step(state: TrainState, batch: Batch, *, last: bool) -> None:
             recalled=None if state.memory is None else state.memory.recall(batch.index, data.state_BK),
             select_logits_BK=select_logits_BK,
         )
-        _note(state, batch, data, out.loss.detach() * divisor, out.rejected_BK)
+        chosen_by_BK = logits_BK if select_logits_BK is None else select_logits_BK
+        _note(state, batch, data, out.loss.detach() * divisor, out.rejected_BK, chosen_by_BK)
         state.scaler.scale(out.loss * world.size).backward()  # DDP averages; the loss is a sum over workers
 
     rate = state.learning_rate
@@ -91,14 +93,25 @@ def _averaged_forward(state: TrainState, images_BCHW: torch.Tensor) -> torch.Ten
 
 
 def _note(
-    state: TrainState, batch: Batch, data: DeviceBatch, loss: torch.Tensor, rejected_BK: torch.Tensor | None
+    state: TrainState,
+    batch: Batch,
+    data: DeviceBatch,
+    loss: torch.Tensor,
+    rejected_BK: torch.Tensor | None,
+    logits_BK: torch.Tensor,
 ) -> None:
-    """Add the step's figures to the epoch's, on the device; check the loss as soon as that costs no waiting."""
-    zero = state.counts.new_zeros(())
-    if rejected_BK is None:
-        rejected_BK = torch.zeros_like(data.state_BK, dtype=torch.bool)
+    """Add the step's figures to the epoch's, on the device; check the loss as soon as that costs no waiting.
+
+    logits_BK: those by which labels are rejected.
+    """
+    zero, found = state.counts.new_zeros(()), None
     unobserved_BK = data.state_BK == UNOBSERVED
     false_BK = None if data.truth_BK is None else unobserved_BK & (data.truth_BK == POSITIVE)
+    if rejected_BK is None:
+        rejected_BK = torch.zeros_like(data.state_BK, dtype=torch.bool)
+    else:
+        index_B = move(torch.from_numpy(batch.index), state.world.device)
+        found = find_rejected(logits_BK, rejected_BK, false_BK, index_B, state.rejected.salt)
     probe = [data.probe_BK == POSITIVE, data.probe_BK == NEGATIVE]
     taken_BK = rejected_BK | (data.state_BK == POSITIVE)  # a hidden label is positive once LL-Cp has corrected it
     state.loss_sum += loss
@@ -116,10 +129,10 @@ def _note(
     finite = torch.isfinite(loss)
     corrected_BK = rejected_BK if state.settings.loss.name == "ll-cp" else None
     if state.world.device.type == "cpu":
-        _settle(state, batch, finite, corrected_BK)
+        _settle(state, batch, finite, corrected_BK, *(found or ()))
         return
     settle_waiting(state)
-    copies = [None if t is None else t.to("cpu", non_blocking=True) for t in (finite, corrected_BK)]
+    copies = [None if t is None else t.to("cpu", non_blocking=True) for t in (finite, corrected_BK, *(found or ()))]
     event = torch.cuda.Event()
     event.record()
     state.waiting.append((batch, copies, event))
@@ -133,7 +146,9 @@ def settle_waiting(state: TrainState) -> None:
         _settle(state, batch, *copies)
 
 
-def _settle(state: TrainState, batch: Batch, finite: torch.Tensor, corrected_BK: torch.Tensor | None) -> None:
+def _settle(
+    state: TrainState, batch: Batch, finite: torch.Tensor, corrected_BK: torch.Tensor | None, *found: torch.Tensor
+) -> None:
     if not bool(finite):
         raise NonFiniteLossError(
             f"the loss of step {batch.step} in epoch {state.epoch} is not finite on worker {state.world.rank}, on "
@@ -143,3 +158,5 @@ def _settle(state: TrainState, batch: Batch, finite: torch.Tensor, corrected_BK:
     if corrected_BK is not None:
         image, cls = np.nonzero(corrected_BK.numpy())
         state.new_codes.append(state.overlay.encode(batch.index[image], cls))
+    if found:
+        add_found(state.rejected, Found(*found), batch.index)

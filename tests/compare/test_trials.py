@@ -18,6 +18,7 @@ from paml.compare.trials import (
     Sweep,
     Trial,
     as_csv,
+    as_note,
     as_text,
     best_recipe,
     best_trial,
@@ -183,3 +184,35 @@ def test_pictures(tmp_path: Path):
     alone = planned(tiny_sweep(tmp_path, tmp_path / "runs", space={"loss.reject_rate_step": [0.01, 0.1]}, trials=2))
     same = [Trial(number, {"loss.reject_rate_step": 0.01}, "finished", (0.5,)) for number in (1, 2)]
     assert len(draw_pictures(alone, same)) == 2
+
+
+def test_the_note_says_what_came_of_it_what_failed_and_how_to_go_on(tmp_path: Path):
+    sweep = planned(tiny_sweep(tmp_path, tmp_path / "runs", trials=31))
+    trials = made_up(sweep, 30)
+    point = trials[0].point
+    trials.append(Trial(31, point, "failed", error="it ``broke``\n\n# as a heading", lasting=True))
+    best = best_trial(trials)
+    assert best is not None
+    note = as_note(sweep, trials, "python jobs/tune_openimages.py --config a.yaml", "runs/sweep/best.yaml")
+    first, second, third, fourth, *_ = note.split("\n\n")
+    assert first.startswith(
+        f"**Best: validation mAP {100 * best.score:.2f}** in epoch {best.epoch} of trial {best.number}"
+    )
+    assert all(f"`{name}`" in first for name in best.point)
+    assert second == "**Trials:** 31 of 31: 20 finished, 10 stopped early, 1 failed."
+    assert "train_openimages.py --config runs/sweep/best.yaml" in third
+    assert "`python jobs/tune_openimages.py --config a.yaml`" in fourth
+    assert "**Trial 31 failed:** `it ''broke'' # as a heading`" in note
+    assert all(f"- `{axis}`" in note for axis in sweep.axes)
+    assert "the best 20 of 31" in note
+    assert len(note) < 8000  # of more MLflow would show but the beginning
+
+
+def test_the_note_of_a_sweep_under_way_promises_nothing(tmp_path: Path):
+    sweep = planned(tiny_sweep(tmp_path, tmp_path / "runs", trials=6))
+    assert as_note(sweep, [], "python a", None).startswith("No trial has a score yet.\n\n**Trials:** 0 of 6.\n\n")
+    under_way = dataclasses.replace(made_up(sweep, 1)[0], state="running")
+    note = as_note(sweep, [under_way], "python a", None)
+    assert "best.yaml" not in note
+    assert "of trial 1, under way, with" in note
+    assert "**Trials:** 1 of 6: 1 under way." in note

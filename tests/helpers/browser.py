@@ -31,7 +31,7 @@ def find_browser() -> str | None:
 class Browser:
     """One page in a headless Chromium, spoken to over its own debugging protocol."""
 
-    def __init__(self, profile: Path, height: int = 900) -> None:
+    def __init__(self, profile: Path, height: int = 900, width: int = 1280) -> None:
         path = find_browser()
         if path is None:
             pytest.skip(f"no browser is installed (looked for {', '.join(NAMES)})")
@@ -42,7 +42,7 @@ class Browser:
                 "--no-sandbox",
                 "--disable-gpu",
                 "--disable-dev-shm-usage",
-                f"--window-size=1280,{height}",
+                f"--window-size={width},{height}",
                 "--remote-debugging-port=0",
                 f"--user-data-dir={profile}",
                 "about:blank",
@@ -134,6 +134,13 @@ class Browser:
             time.sleep(0.5)
         return shown
 
+    def until(self, script: str, what: str, limit_s: float = 180) -> None:
+        """Wait until an expression is true in the page."""
+        limit = time.monotonic() + limit_s
+        while not self.run(script):
+            assert time.monotonic() < limit, f"waited {limit_s:.0f} s for {what}; the page shows: {self.run(SHOWN)}"
+            time.sleep(0.2)
+
     def run(self, script: str) -> Any:
         """The value of an expression in the page; promises are awaited."""
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
@@ -149,6 +156,15 @@ class Browser:
     def downloads_to(self, folder: Path) -> None:
         """Where what the page saves goes."""
         self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+
+    def still(self, seconds: float = 2.0, limit_s: float = 60) -> None:
+        """Wait until the page's text and pictures have stayed as they are for so long."""
+        script = f"({SHOWN}).length + ' ' + [...document.images].map(i => i.complete && i.naturalWidth).join()"
+        end, since, before = time.monotonic() + limit_s, time.monotonic(), None
+        while time.monotonic() - since < seconds and time.monotonic() < end:
+            if (now := self.run(script)) != before:
+                before, since = now, time.monotonic()
+            time.sleep(0.2)
 
     def screenshot(self, path: Path) -> None:
         """What the page looks like."""

@@ -1,37 +1,163 @@
-"""What a reviewer sees of a finished run in the MLflow UI, read from the page that a real browser makes of it."""
+"""What a reviewer sees in the MLflow UI, read from the pages that a real browser makes of it.
 
+Of a finished run and of a sweep whose trials ended in every way there is, so that one start of Ray serves all.
+"""
+
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean, median
+from urllib.parse import quote
 
 import pytest
 
+from paml.compare.trials import Trial, best_trial
 from paml.tracking.view import read_memory
 from tests.helpers.browser import Browser
 from tests.helpers.jobs import environment, prepare_scenes, tiny_options, train_job, write_scenes
+from tests.helpers.kills import OwnRay
+from tests.helpers.sweeps import ended, planned, sweep_job, tiny_sweep
 from tests.tracking.conftest import MlflowServer
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+EPOCHS = 4
+RATES = (1e-3, 2e-3, 1e-9, 1e-3, 2e-3)
+"""Of the sweep's trials, one after the other: the third learns nothing, the fourth has no weights to begin from."""
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_page_of_a_run_answers_the_reviewers_questions(tmp_path: Path) -> None:
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("browser") / "profile", height=2400)
+    yield browser
+    browser.close()
+
+
+def address(server: MlflowServer, run: Path) -> str:
+    """Of a run's page."""
+    (memory,) = read_memory(str(run)).values()
+    return f"{server.uri}/#/experiments/{memory['experiment_id']}/runs/{memory['run_id']}"
+
+
+def test_page_of_a_run_answers_the_reviewers_questions(browser: Browser, server: MlflowServer, tmp_path: Path) -> None:
     data = prepare_scenes(write_scenes(tmp_path / "scenes", train=60, others=20), tmp_path / "data")
     options = tiny_options(data, tmp_path / "runs", "seen", epochs=2, loss__name="ll-r", run__mlflow="true")
-    browser, server = Browser(tmp_path / "profile", height=2400), MlflowServer(tmp_path)
-    server.start()
-    try:
-        with train_job(options, tmp_path / "job.log", env=environment(MLFLOW_TRACKING_URI=server.uri)) as job:
-            assert job.wait() == 0, job.output
-        run = tmp_path / "runs" / "seen"
-        (memory,) = read_memory(str(run)).values()
-        result = json.loads((run / "result.json").read_text())
-        address = f"{server.uri}/#/experiments/{memory['experiment_id']}/runs/{memory['run_id']}"
+    options += ["--loss.reject_rate_step", "0.05"]
+    with train_job(options, tmp_path / "job.log", env=environment(MLFLOW_TRACKING_URI=server.uri)) as job:
+        assert job.wait() == 0, job.output
+    run = tmp_path / "runs" / "seen"
+    result = json.loads((run / "result.json").read_text())
+    page = address(server, run)
 
-        overview = ["ll-r", "Repeat:", "jobs/train_openimages.py", "Versions:", "torch", "digests", "Finished"]
-        overview += [f"{100 * scores['map']:.2f}" for scores in result["test"].values()]
-        overview += [scores["convention"] for scores in result["test"].values()]
-        browser.visit(address, *overview)
-        sections = ("groups (", "rejection (", "test (", "train (", "val (")
-        browser.visit(f"{address}/model-metrics", *sections, "seen (rejection/rejected)")  # drawn, without a click
+    overview = ["ll-r", "Repeat:", "jobs/train_openimages.py", "Versions:", "torch", "digests", "Finished"]
+    overview += [f"{100 * scores['map']:.2f}" for scores in result["test"].values()]
+    overview += [f"validation mAP {100 * best['map']:.2f}" for best in result["best"].values()]
+    overview += [scores["convention"] for scores in result["test"].values()]
+    browser.visit(page, *overview)
+    sections = ("groups (", "rejection (", "test (", "train (", "val (")
+    browser.visit(f"{page}/model-metrics", *sections, "seen (rejection/rejected)")  # drawn, without a click
+
+    browser.visit(f"{page}/artifacts/figures/rejected_labels.png", "rejected_by_epoch.png", "rejected_labels.html")
+    browser.until(PICTURE.format(least=800), "the gallery's figure")
+    browser.visit(f"{page}/artifacts/rejected_labels.html", "rejected_labels.html")
+    rejected = int(result["history"][-1]["rejection/rejected"])
+    assert rejected > 0
+    browser.until(f"(document.querySelector('iframe')?.srcdoc ?? '').includes('{rejected:,} labels rejected')", "page")
+
+
+PICTURE = "[...document.images].some(one => one.complete && one.naturalWidth > {least})"
+
+
+@dataclasses.dataclass
+class Swept:
+    """A sweep that has come to its end."""
+
+    page: str
+    experiment: str
+    """Address of the list of runs."""
+    trials: dict[int, Trial]
+    output: str
+
+
+@pytest.fixture(scope="module")
+def swept(prepared: Path, server: MlflowServer, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    folder = tmp_path_factory.mktemp("swept")
+    points = [[rate, None] for rate in RATES]
+    points[3][1] = str(folder / "nowhere.pth")
+    settings = tiny_sweep(
+        prepared,
+        folder / "runs",
+        space={"optimiser.learning_rate, model.weights": points},
+        search="grid",
+        trials=None,
+        scheduler="median",
+        median_of=2,
+        at_once=1,
+        common={"epochs": EPOCHS},
+        mlflow=True,
+    )
+    ray = OwnRay()
+    ray.start()
+    try:
+        env = {**ray.environment, "MLFLOW_TRACKING_URI": server.uri}
+        with sweep_job(settings, folder / "log", env=env) as job:
+            assert job.wait() == 1, job.output  # since a trial failed
     finally:
-        browser.close()
-        server.kill()
+        ray.stop()
+    page = address(server, folder / "runs" / "sweep")
+    return Swept(page, page.rpartition("/")[0], ended(planned(settings)), job.output)
+
+
+def below_the_median(trials: dict[int, Trial], number: int) -> list[int]:
+    """Epochs, but for the last, in which a trial's best so far was below the median of the earlier ones' means."""
+    found = []
+    for epoch in range(1, min(EPOCHS, len(trials[number].scores) + 1)):
+        earlier = [one.scores for n, one in trials.items() if n < number and len(one.scores) >= epoch]
+        middle = median(fmean(scores[:epoch]) for scores in earlier) if len(earlier) >= 2 else -1.0
+        if max(trials[number].scores[:epoch]) < middle:
+            found.append(epoch)
+    return found
+
+
+def test_the_median_rule_stops_what_is_worse_and_nothing_else(swept: Swept) -> None:
+    states = [trial.state for trial in swept.trials.values()]
+    assert states == ["finished", "finished", "stopped", "failed", "finished"], swept.output
+    assert below_the_median(swept.trials, 3)[:1] == [len(swept.trials[3].scores)]
+    assert len(swept.trials[3].scores) < EPOCHS
+    assert [below_the_median(swept.trials, number) for number in (1, 2, 5)] == [[], [], []]
+    assert f"trial 3: stopped after epoch {len(swept.trials[3].scores)}, val mAP" in swept.output
+
+
+def test_page_of_a_sweep_answers_the_reviewers_questions(browser: Browser, swept: Swept) -> None:
+    best = best_trial(swept.trials.values())
+    assert best is not None
+    shown = browser.visit(
+        swept.page,
+        f"Best: validation mAP {100 * best.score:.2f} in epoch {best.epoch} of trial {best.number}",
+        "Trials: 5 of 5: 3 finished, 1 stopped early, 1 failed.",
+        "Train the best: python jobs/train_openimages.py --config",
+        "Repeat, or go on after a stop: python jobs/tune_openimages.py --config",
+        "Searched by grid",
+        "optimiser.learning_rate, model.weights",
+        "Trial 4 failed:",
+    )
+    assert "nowhere.pth" in shown
+    browser.visit(f"{swept.page}/artifacts/tables/trials.txt", "trials.csv", "best.yaml", "stopped", "failed")
+    browser.visit(f"{swept.page}/artifacts/figures/score_by_setting.png", "parallel_coordinates.png")
+    browser.until(PICTURE.format(least=300), "the sweep's picture")
+
+
+def test_trials_lie_below_the_sweep_and_are_compared_by_validation_map(browser: Browser, swept: Swept) -> None:
+    names = [f"sweep-000{number}" for number in range(1, 6)]
+    browser.visit(swept.experiment, "sweep", *names, "best_val_map")
+    finished = quote("tags.trial_state = 'finished'")
+    shown = browser.visit(f"{swept.experiment}?searchFilter={finished}&compareRunsMode=CHART", "val/map", names[4])
+    assert [name for name in names if name in shown] == [names[0], names[1], names[4]]

@@ -51,11 +51,12 @@ class Postgres:
 class MlflowServer:
     """Started again on the same port, it holds what it held before. Its database is SQLite unless one is named."""
 
-    def __init__(self, folder: Path, database: str | None = None):
+    def __init__(self, folder: Path, database: str | None = None, *, port: int = 0):
+        """port: 0 for one that is free."""
         self.folder = folder
         self._database = database or f"sqlite:///{folder}/server.db"
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind(("127.0.0.1", port))
             self.port = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None

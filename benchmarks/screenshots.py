@@ -1,0 +1,179 @@
+"""The pictures of the README's "Review in MLflow", from the demo's scenes of handwritten digits alone.
+
+    python -m benchmarks.screenshots            # 10 to 20 minutes on 2 cores; needs Chromium
+    python -m benchmarks.screenshots --shoot    # what was trained before is shown again
+
+Trains a run, a small sweep and an audit below --work, brings up MLflow over them, and writes
+benchmarks/pages/{run,charts,rejected,sweep,trials,audit}.png of at most 200 KB.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from PIL import Image
+
+from jobs import demo
+from paml.distributed.local_head import ray_head
+from paml.tracking.view import read_memory
+from tests.helpers.browser import Browser
+from tests.tracking.conftest import MlflowServer
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_ASSISTANT = """(keys => {
+    keys.forEach(key => localStorage.setItem(key, "false"));
+    return keys.length;
+})(Object.keys(localStorage).filter(key => key.includes("assistant.panelOpen")))"""
+OUT = ROOT / "benchmarks" / "pages"
+LARGEST = 200_000
+WIDTH = 1440
+QUIET = {"RAY_AUTH_MODE": "disabled", "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONUNBUFFERED": "1"}
+SPACE = {
+    "loss.name": ["ll-r", "ll-ct"],
+    "loss.reject_rate_step": {"log_uniform": [2.0e-3, 5.0e-2]},
+    "boost.train, boost.eval": [[1, 1], [3, 3], [5, 5]],
+    "optimiser.learning_rate": {"log_uniform": [2.0e-4, 6.0e-3]},
+}
+
+
+def job(script: str, *options: str, env: dict[str, str]) -> None:
+    """A job of the repository, its output on this terminal."""
+    command = ["python", f"jobs/{script}", *options]
+    print("$", *command, flush=True)
+    subprocess.run([sys.executable, *command[1:]], cwd=ROOT, env=env, check=True)
+
+
+def make(work: Path, server: MlflowServer) -> None:
+    """Everything that the pictures show; what stands already stays."""
+    demo.DATA = work / "data"
+    data, weights = demo.make_data(0), demo.make_weights()
+    env = os.environ | QUIET | {"MLFLOW_TRACKING_URI": server.uri}
+    own = ["--data.root", str(data), "--model.weights", str(weights), "--run.storage", str(work / "runs")]
+    run = work / "runs" / "digits"
+    if not (run / "result.json").exists():
+        resume = ["--run.resume", "true"] if run.exists() else []
+        more = [
+            "--run.name",
+            "digits",
+            "--epochs",
+            "6",
+            "--checkpoint.keep",
+            "6",
+            "--workers.num_workers",
+            "0",
+            *resume,
+        ]
+        job("train_openimages.py", "--config", "jobs/recipes/demo.yaml", *own, *more, env=env)
+    common = {
+        "data.root": str(data),
+        "data.features_dir": str(work / "features"),
+        "model.weights": str(weights),
+        "model.train_from": "layer2",
+        "model.frozen_layers": 0,
+        "workers.num_workers": 0,
+        "run.system_seconds": 0,
+        "checkpoint.keep": 1,
+        "epochs": 4,
+    }
+    sweep = {
+        "base": "jobs/recipes/demo.yaml",
+        "common": common,
+        "storage": str(work / "runs" / "tried"),
+        "experiment": "digits-sweep",
+        "search": "optuna",
+        "trials": 16,
+        "scheduler": "asha",
+        "first_epochs": 2,
+        "eta": 2,
+        "space": SPACE,
+    }
+    if not (work / "runs" / "tried" / "sweep" / "best.yaml").exists():
+        config = work / "sweep.yaml"
+        config.write_text(yaml.safe_dump(sweep, sort_keys=False))
+        with ray_head(ROOT, cpus=2) as ray:
+            job("tune_openimages.py", "--config", str(config), env=env | dict(ray))
+    if not (work / "audit" / "page.html").exists():
+        finds = ["--finds", "60", "--observed_finds", "20", "--out", str(work / "audit")]
+        job("audit_labels.py", "--run", str(run), *finds, env=env)
+
+
+def shoot(work: Path, server: MlflowServer) -> None:
+    """One picture after the other."""
+    run, tried = (address(server, work / "runs" / name) for name in ("digits", "tried/sweep"))
+    trials = f"{tried.rpartition('/runs/')[0]}/runs?compareRunsMode=CHART"
+    with browser_of(server, 1060) as browser:
+        browser.visit(run, "Repeat:", "Finished")
+        picture(browser, "run")
+        browser.visit(tried, "Best:", "Finished")
+        picture(browser, "sweep")
+    with browser_of(server, 1300) as browser:
+        browser.visit(f"{run}/model-metrics", "rejection (", "digits (rejection/rejected)")
+        picture(browser, "charts")
+        browser.visit(f"{run}/artifacts/rejected_labels.html", "rejected_labels.html")
+        picture(browser, "rejected")
+        browser.visit(trials, "sweep-0001", "val/map")
+        picture(browser, "trials")
+        browser.open(work / "audit" / "page.html")
+        picture(browser, "audit")
+
+
+@contextlib.contextmanager
+def browser_of(server: MlflowServer, height: int) -> Iterator[Browser]:
+    """A window of so many pixels, and a new profile in which MLflow's assistant has been closed once."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as profile:
+        browser = Browser(Path(profile), height=height, width=WIDTH)
+        try:
+            browser.visit(server.uri)
+            browser.until(NO_ASSISTANT, "MLflow's assistant")
+            yield browser
+        finally:
+            browser.close()
+
+
+def address(server: MlflowServer, run_folder: Path) -> str:
+    """Of a run's page."""
+    memory = read_memory(str(run_folder))[server.uri]
+    return f"{server.uri}/?workflowType=machine_learning#/experiments/{memory['experiment_id']}/runs/{memory['run_id']}"
+
+
+def picture(browser: Browser, name: str) -> None:
+    """What the window shows, in few colours."""
+    browser.still()
+    path = OUT / f"{name}.png"
+    browser.screenshot(path)
+    shot = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
+    for colours in (128, 64, 32, 16):
+        shot.quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)
+        if path.stat().st_size <= LARGEST:
+            break
+    print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} KB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/paml"), help="its path is to be seen in the pictures")
+    parser.add_argument("--port", type=int, default=5000, help="of MLflow; the same as before with --shoot")
+    parser.add_argument("--shoot", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    OUT.mkdir(exist_ok=True)
+    server = MlflowServer(arguments.work, port=arguments.port)
+    server.start()
+    try:
+        if not arguments.shoot:
+            make(arguments.work, server)
+        shoot(arguments.work, server)
+    finally:
+        server.kill()
+
+
+if __name__ == "__main__":
+    main()
