@@ -3,14 +3,12 @@
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-from tests.helpers.jobs import QUIET, WORKER, environment, named, newest_step
+from tests.helpers.jobs import QUIET, WORKER, environment, named
 
 SOON = {  # Ray calls a node lost after half a minute without an answer; here after a few seconds
     "RAY_health_check_initial_delay_ms": "2000",
@@ -78,8 +76,3 @@ def nodes(count: int) -> Iterator[Nodes]:
         yield cluster
     finally:
         cluster.close()
-
-
-def steps_by_time(run_folder: Path, begun: float) -> tuple[float, int]:
-    """(seconds since `begun`, optimiser steps of the newest checkpoint)."""
-    return time.monotonic() - begun, newest_step(run_folder)
