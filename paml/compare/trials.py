@@ -338,7 +338,7 @@ def said_plan(sweep: Sweep, trials: Mapping[int, Trial], epochs: int) -> str:
     settings = sweep.settings
     due = settings.count - sum(trial.state in ("finished", "stopped") for trial in trials.values())
     first = min(settings.first_epochs, epochs)
-    least = due * epochs if settings.scheduler == "none" else epochs + max(0, due - 1) * first
+    least = due * epochs if settings.scheduler == "none" else min(due, 1) * epochs + max(0, due - 1) * first
     lines = [
         f"{settings.count} trials by {settings.search} search, {due} to be trained, scheduler {settings.scheduler}, "
         f"in {sweep.folder}",

@@ -228,7 +228,7 @@ def _note(
     settings: TrainSettings,
     data: RunData,
     rows: Mapping[str, Scores] | None = None,
-    best: Mapping[str, Mapping[str, Any]] | None = None,
+    result: Result | None = None,
 ) -> str:
     """What stands at the head of the run's page, in Markdown: its scores, what it is, how to repeat it.
 
@@ -239,7 +239,7 @@ def _note(
     maps = [f"**test mAP {100 * scores.map:.2f}** ({name})" for name, scores in (rows or {}).items()]
     maps += [
         f"**validation mAP {100 * found['map']:.2f}** (alpha {alpha}, epoch {found['epoch']})"
-        for alpha, found in (best or {}).items()
+        for alpha, found in (result.best if result else {}).items()
     ]
     unscored = "No test scores yet." if data.test is not None else "The test split is not opened."
     parts = [
@@ -251,10 +251,30 @@ def _note(
         f"**Data** (digests of shards and labels): {digests}.",
         f"**Versions:** {versions}.",
     ]
+    if result is not None and (rejected := _said_rejected(result, f"{settings.boost.eval:g}")):
+        parts.insert(1, rejected)
     if rows:
         table = score_table(dict(rows))
         parts.append(f"Test scores in percent, each alpha's epoch chosen on validation:\n\n```\n{table}\n```")
     return "\n\n".join(parts)
+
+
+def _said_rejected(result: Result, alpha: str) -> str | None:
+    """What rejection did in the best epoch, and where to look at it; None where a run rejects nothing."""
+    best = result.best.get(alpha, {}).get("epoch")
+    figures = next((one for one in result.history if one["epoch"] == best), {})
+    if "rejection/rejected" not in figures:
+        return None
+    shares = {
+        "precision": "of them {:.0f} % truly positive",
+        "recall": "{:.0f} % of all false negatives",
+        "probe_recall": "recall by the probe {:.0f} %",
+        "probe_false_rejection": "false rejection by the probe {:.1f} %",
+    }
+    known = {name: figures.get(f"rejection/{name}", math.nan) for name in shares}
+    said = [shares[name].format(100 * value) for name, value in known.items() if not math.isnan(value)]
+    head = f"**{figures['rejection/rejected']:,.0f} labels rejected** in that epoch"
+    return ", ".join([head, *said]) + "; which ones: `rejected_labels.html` among the artifacts, and `figures/`."
 
 
 def _data_digest(split: Split) -> str:
@@ -275,7 +295,7 @@ def _report(result: Result, settings: TrainSettings, data: RunData, run_folder: 
         table = score_table(rows)
         print(f"\ntest scores of {settings.run.name}, in percent\n{table}\n", flush=True)
         journal.artifact_bytes(table.encode(), "tables/test_scores.txt")
-    journal.note(_note(settings, data, rows, result.best))
+    journal.note(_note(settings, data, rows, result))
     journal.artifact_bytes(json.dumps(_finite(result.history), indent=1).encode(), "tables/history.json")
     rejected = [
         {name.removeprefix("rejection/"): value for name, value in figures.items()} for figures in result.history

@@ -158,6 +158,8 @@ def test_plan_tells_trials_space_and_budget(tmp_path: Path):
     said = said_plan(sweep, trials, epochs=3)
     assert "36 to be trained" in said
     assert "hours of one trial at a time, by 4 trials so far: 0.3 to 0.9" in said
+    whole = {trial.number: trial for trial in made_up(sweep, 40)}
+    assert "epochs: 0 to 0" in said_plan(sweep, whole, epochs=3)
 
 
 def test_importance_finds_what_matters(tmp_path: Path):

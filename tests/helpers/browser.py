@@ -67,7 +67,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def _connect(self, port: int, url: str) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=300)
         key = base64.b64encode(os.urandom(16)).decode()
         path = re.sub(r"^ws://[^/]+", "", url)
         self._socket.sendall(
