@@ -52,7 +52,8 @@ def _later(settings: WorkerSettings) -> float:
 
 def _start_seconds(settings: WorkerSettings) -> float:
     """How long workers may take to come: a cluster that grows needs minutes, a machine that is busy most of one."""
-    return max(60.0, settings.collective_timeout_seconds)
+    own = os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S")
+    return float(own) if own else max(60.0, settings.collective_timeout_seconds)
 
 
 def resources_per_worker(settings: WorkerSettings, cluster: dict[str, float]) -> dict[str, float]:
