@@ -162,7 +162,8 @@ class Watch:
     def __init__(self, console: ActorHandle, num_workers: int, limit_seconds: float, start_seconds: float) -> None:
         self._console, self._num_workers = console, num_workers
         self._limit, self._start_seconds = limit_seconds, start_seconds
-        self._begun = self._heard = time.monotonic()
+        self._begun = time.monotonic()
+        self._heard: float | None = None
         self._controller: int | None = None
         self.every_seconds = beat_seconds(limit_seconds)
 
@@ -172,14 +173,15 @@ class Watch:
         try:
             beats, controller = ray.get(self._console.standing.remote(), timeout=min(10.0, self._limit))
         except RayError as error:
-            silent = now - self._heard
-            return f"Ray has not answered for {silent:.0f} s ({type(error).__name__})" if silent > limit else None
+            silent = now - (self._heard or self._begun)
+            patience = max(30.0, limit) + (self._start_seconds if self._heard is None else 0.0)
+            return f"Ray has not answered for {silent:.0f} s ({type(error).__name__})" if silent > patience else None
         self._heard = now
         self._controller = controller or self._controller
         if (stalled := stall(beats, limit)) is not None:
             return stalled
         missing = sorted(set(range(self._num_workers)) - {beat.rank for beat in beats})
-        if missing and now - self._begun > self._start_seconds + limit:
+        if missing and now - self._begun > self._start_seconds:
             return f"{', '.join(f'worker {rank}' for rank in missing)} did not start within {now - self._begun:.0f} s"
         if not missing and all(beat.ended and beat.silent_seconds > limit for beat in beats):
             return "Ray Train's controller has not ended the attempt, though all workers are done"

@@ -39,7 +39,6 @@ def connect(settings: WorkerSettings) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     for name in ("COLLECTIVE_TIMEOUT_S", "WORKER_HEALTH_CHECK_TIMEOUT_S"):
         os.environ.setdefault(f"RAY_TRAIN_{name}", str(_later(settings)))
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_start_seconds(settings)))
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a lost node is a lost worker, replaced below
     # Workers speak through Console; what else Ray's processes print stays in Ray's log folder.
     cluster.join(settings.address)
@@ -51,9 +50,11 @@ def _later(settings: WorkerSettings) -> float:
 
 
 def _start_seconds(settings: WorkerSettings) -> float:
-    """How long workers may take to come: a cluster that grows needs minutes, a machine that is busy most of one."""
-    own = os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S")
-    return float(own) if own else max(60.0, settings.collective_timeout_seconds)
+    """When workers that were not heard of are given up: Ray Train's wait for their place, then that for their start,
+    which takes minutes where a machine is busy or an image is to be pulled.
+    """
+    placed = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 60.0))
+    return placed + max(300.0, settings.collective_timeout_seconds)
 
 
 def resources_per_worker(settings: WorkerSettings, cluster: dict[str, float]) -> dict[str, float]:

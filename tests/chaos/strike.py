@@ -28,7 +28,7 @@ JOB = str(Path(__file__).with_name("job.py"))
 EVERY = 3
 """Steps of the optimiser between checkpoints within an epoch."""
 STEPS_AN_EPOCH = 10
-LIMIT_SECONDS = 15.0
+LIMIT_SECONDS = 30.0
 """workers.collective_timeout_seconds."""
 PATIENCE_SECONDS = 300.0
 """A run that is no further after this is said not to have gone on."""
