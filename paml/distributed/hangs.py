@@ -132,13 +132,11 @@ def stall(beats: Sequence[Beat], limit_seconds: float) -> str | None:
 
 
 def _describe(beat: Beat, limit_seconds: float) -> str:
+    named = f"worker {beat.rank} (node {beat.node}, process {beat.pid}) has stalled for {beat.stalled_seconds:.0f} s"
     place = f"after step {beat.step} of epoch {beat.epoch}, {beat.doing}" if beat.epoch else beat.doing
-    silent = beat.silent_seconds > limit_seconds / 2
-    how = "does not answer: its process is stopped or its machine is gone" if silent else f"stands in {beat.where}"
-    return (
-        f"worker {beat.rank} (node {beat.node}, process {beat.pid}) has stalled for {beat.stalled_seconds:.0f} s "
-        f"{place}; it {how}"
-    )
+    if beat.silent_seconds > limit_seconds / 2:
+        return f"{named}, last heard {place}: it does not answer, its process is stopped or its machine is gone"
+    return f"{named} {place}: it stands in {beat.where}"
 
 
 class StallError(RuntimeError):
