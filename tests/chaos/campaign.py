@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from tests.chaos.schedule import Fault, draw_schedule
 from tests.chaos.strike import (
     EVERY,
+    FAKETIME,
     STEPS_AN_EPOCH,
     Operator,
     Struck,
@@ -64,8 +66,11 @@ def run_campaign(
     with small_disk(folder / "disk") as small, Surroundings(folder) as around:
         for form, count in counts.items():
             faults = draw_schedule(form, count, seed, STEPS_BETWEEN)
-            if not small:
-                faults = [fault for fault in faults if fault.kind != "disk full"]
+            for kind, possible in (("disk full", small), ("clock jump", os.path.exists(FAKETIME))):
+                left_out = [fault for fault in faults if fault.kind == kind and not possible]
+                faults = [fault for fault in faults if fault not in left_out]
+                if left_out:
+                    say(f"{form}: {len(left_out)} of '{kind}' left out: no mount, or no PAML_FAKETIME, here")
             epochs = max(2, -(-count * STEPS_BETWEEN // STEPS_AN_EPOCH) + 1)
             campaign.epochs[form] = epochs
             shape = (0 if form == "plain" else 2, epochs)
