@@ -2,7 +2,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fuzz soak ui setup clean distclean lock
+.PHONY: help demo test check fuzz soak chaos ui setup clean distclean lock
 
 # The first of these that is Python 3.11 or newer and can make a virtual environment is taken.
 PYTHON ?=
@@ -11,7 +11,6 @@ PYTHONS := $(PYTHON) python3.11 python3.12 python3.13 python3 python
 PORT ?= 5000
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-N ?= 100000
 SEED ?= 0
 
 VENV := .venv
@@ -40,10 +39,13 @@ check: $(STAMP) ## check the format, the style and the types
 
 fuzz: $(STAMP) ## give N=100000 random files and records to all parsers (SEED=0); a second call goes on
 	@mkdir -p runs
-	$(BIN)/python -m tests.security.fuzz --count $(N) --seed $(SEED) --state runs/fuzz-$(SEED).json
+	$(BIN)/python -m tests.security.fuzz --count $(or $(N),100000) --seed $(SEED) --state runs/fuzz-$(SEED).json
 
 soak: $(STAMP) ## run the long tests (about an hour)
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+
+chaos: $(STAMP) ## strike trainings with N faults drawn from SEED (N=200: hours); the report goes to benchmarks/chaos.md
+	$(BIN)/python -m tests.chaos --count $(or $(N),200) --seed $(SEED) --report benchmarks/chaos.md
 
 ui: $(STAMP) ## open the figures of the demo's runs in MLflow, in a browser
 	@test -f runs/mlflow.db || { $(SAY) 'No figures yet: runs/mlflow.db is missing. Run "make demo" first.' >&2; exit 1; }

@@ -40,7 +40,7 @@ def join(address: str | None = None, environment: dict[str, Any] | None = None) 
 def refuse_silence(address: str, seconds: float = 30.0) -> None:
     """Raise SettingsError where nothing listens at `host:port`: ray.init would ask there for ever."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or "://" in host or not port.isdigit():
         return
     deadline = time.monotonic() + seconds
     while True:

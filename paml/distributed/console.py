@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup
 
-from paml.distributed.hangs import Beat
+from paml.distributed.hangs import Attempt, Beat
 from paml.training.loop import Progress, terminal_bar
 from paml.training.meter import PlacedFormatter
 
@@ -26,7 +27,7 @@ class Console:
         self._bar: tuple[str, int, int] | None = None
         self._fatal: str | None = None
         self._beats: dict[int, tuple[Beat, float]] = {}
-        self._controller: int | None = None
+        self._attempt = Attempt()
 
     def say(self, line: str) -> None:
         """One line for the driver's console."""
@@ -49,15 +50,19 @@ class Console:
         """Where a worker stands."""
         self._beats[beat.rank] = beat, time.monotonic()
 
+    def worker(self, worker: ActorHandle, place: PlacementGroup | None) -> None:
+        """A worker has started, in the place that Ray has given to all of them."""
+        self._attempt = dataclasses.replace(self._attempt, workers=(*self._attempt.workers, worker), place=place)
+
     def controller(self, pid: int) -> None:
         """The process of Ray Train's controller, on the driver's node."""
-        self._controller = pid
+        self._attempt = dataclasses.replace(self._attempt, controller=pid)
 
-    def standing(self) -> tuple[list[Beat], int | None]:
-        """Where the workers stand, by rank, with the time since they were heard; and the controller's process."""
+    def standing(self) -> tuple[list[Beat], Attempt]:
+        """Where the workers stand, by rank, with the time since they were heard; and what the attempt consists of."""
         now = time.monotonic()
         beats = [dataclasses.replace(beat, silent_seconds=now - at) for _, (beat, at) in sorted(self._beats.items())]
-        return beats, self._controller
+        return beats, self._attempt
 
     def failed_for_good(self) -> str | None:
         """The message of `fatal`, if there was one."""

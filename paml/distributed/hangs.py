@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +22,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.util import get_current_placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 
 _PAML = str(Path(__file__).resolve().parents[1])
 _WAITS = ("torch/distributed/", "torch/nn/parallel/distributed.py", "torch/autograd/graph.py", "torch/cuda/streams.py")
@@ -55,6 +58,17 @@ class Beat:
         return 0.0 if self.ended else self.still_seconds + self.silent_seconds
 
 
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """What an attempt consists of, as far as it is known."""
+
+    workers: tuple[ActorHandle, ...] = ()
+    controller: int | None = None
+    """Its process, on the driver's node."""
+    place: PlacementGroup | None = None
+    """The resources of all workers."""
+
+
 def beat_seconds(limit_seconds: float) -> float:
     """How often workers tell where they stand."""
     return min(5.0, limit_seconds / 10)
@@ -70,6 +84,8 @@ class Heartbeat:
         self._watched = threading.get_ident()
         self._over = threading.Event()
         self._console.beat.remote(self._beat)
+        if ray.is_initialized():  # else asking would start one
+            self._console.worker.remote(ray.get_runtime_context().current_actor, get_current_placement_group())
         threading.Thread(target=self._tell, name="heartbeat", daemon=True).start()
 
     def at(self, doing: str, epoch: int, step: int, bounded: bool = True) -> None:
@@ -132,13 +148,11 @@ def stall(beats: Sequence[Beat], limit_seconds: float) -> str | None:
 
 
 def _describe(beat: Beat, limit_seconds: float) -> str:
+    named = f"worker {beat.rank} (node {beat.node}, process {beat.pid}) has stalled for {beat.stalled_seconds:.0f} s"
     place = f"after step {beat.step} of epoch {beat.epoch}, {beat.doing}" if beat.epoch else beat.doing
-    silent = beat.silent_seconds > limit_seconds / 2
-    how = "does not answer: its process is stopped or its machine is gone" if silent else f"stands in {beat.where}"
-    return (
-        f"worker {beat.rank} (node {beat.node}, process {beat.pid}) has stalled for {beat.stalled_seconds:.0f} s "
-        f"{place}; it {how}"
-    )
+    if beat.silent_seconds > limit_seconds / 2:
+        return f"{named}, last heard {place}: it does not answer, its process is stopped or its machine is gone"
+    return f"{named} {place}: it stands in {beat.where}"
 
 
 class StallError(RuntimeError):
@@ -162,32 +176,49 @@ class Watch:
     def __init__(self, console: ActorHandle, num_workers: int, limit_seconds: float, start_seconds: float) -> None:
         self._console, self._num_workers = console, num_workers
         self._limit, self._start_seconds = limit_seconds, start_seconds
-        self._begun = self._heard = time.monotonic()
-        self._controller: int | None = None
+        self._begun = time.monotonic()
+        self._heard: float | None = None
+        self._attempt = Attempt()
         self.every_seconds = beat_seconds(limit_seconds)
 
     def look(self, share: float = 1.0) -> str | None:
         """What stands still, for longer than this share of the limit; None where all moves."""
         limit, now = self._limit * share, time.monotonic()
         try:
-            beats, controller = ray.get(self._console.standing.remote(), timeout=min(10.0, self._limit))
+            beats, self._attempt = ray.get(self._console.standing.remote(), timeout=min(10.0, self._limit))
         except RayError as error:
-            silent = now - self._heard
-            return f"Ray has not answered for {silent:.0f} s ({type(error).__name__})" if silent > limit else None
+            silent = now - (self._heard or self._begun)
+            patience = max(30.0, limit) + (self._start_seconds if self._heard is None else 0.0)
+            return f"Ray has not answered for {silent:.0f} s ({type(error).__name__})" if silent > patience else None
         self._heard = now
-        self._controller = controller or self._controller
         if (stalled := stall(beats, limit)) is not None:
             return stalled
         missing = sorted(set(range(self._num_workers)) - {beat.rank for beat in beats})
-        if missing and now - self._begun > self._start_seconds + limit:
+        if missing and now - self._begun > self._start_seconds:
             return f"{', '.join(f'worker {rank}' for rank in missing)} did not start within {now - self._begun:.0f} s"
         if not missing and all(beat.ended and beat.silent_seconds > limit for beat in beats):
             return "Ray Train's controller has not ended the attempt, though all workers are done"
         return None
 
-    def end_attempt(self) -> None:
-        """Kill the controller; Ray then kills what it has started, also where that is stopped or does not listen."""
+    def end_attempt(self, outcome: Future, seconds: float) -> None:
+        """Kill the workers, upon which the controller ends the attempt; where it does not, kill it and clear up after
+        it. Ray kills processes that are stopped or do not listen as well.
+        """
+        for worker in self._attempt.workers:
+            with contextlib.suppress(RayError):
+                ray.kill(worker)
+        wait([outcome], timeout=seconds)
+        if outcome.done():
+            return
         with contextlib.suppress(psutil.Error):
-            controller = None if self._controller is None else psutil.Process(self._controller)
+            controller = None if self._attempt.controller is None else psutil.Process(self._attempt.controller)
             if controller is not None and "TrainController" in " ".join(controller.cmdline()):
                 controller.kill()
+        self.clear_up()
+        wait([outcome], timeout=seconds)
+
+    def clear_up(self) -> None:
+        """After a controller that died: Ray would keep the workers' resources for as long as the driver lives."""
+        with contextlib.suppress(RayError):
+            if self._attempt.place is not None:
+                remove_placement_group(self._attempt.place)

@@ -31,8 +31,8 @@ from paml.training.loop import Result, Watcher, train
 from paml.training.settings import TrainSettings, WorkerSettings
 from paml.training.world import World, current_world
 
-END_SECONDS = 60.0
-"""How long Ray may take to end an attempt that was given up; the next one begins then anyway."""
+END_SECONDS = 45.0
+"""How long Ray Train's controller may take to end an attempt that was given up: 35 s where a worker does not listen."""
 
 
 def connect(settings: WorkerSettings) -> None:
@@ -40,7 +40,6 @@ def connect(settings: WorkerSettings) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     for name in ("COLLECTIVE_TIMEOUT_S", "WORKER_HEALTH_CHECK_TIMEOUT_S"):
         os.environ.setdefault(f"RAY_TRAIN_{name}", str(_later(settings)))
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_start_seconds(settings)))
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a lost node is a lost worker, replaced below
     # Workers speak through Console; what else Ray's processes print stays in Ray's log folder.
     cluster.join(settings.address)
@@ -52,8 +51,11 @@ def _later(settings: WorkerSettings) -> float:
 
 
 def _start_seconds(settings: WorkerSettings) -> float:
-    """How long workers may take to come: a cluster that grows needs minutes, a machine that is busy most of one."""
-    return max(60.0, settings.collective_timeout_seconds)
+    """When workers that were not heard of are given up: Ray Train's wait for their place, then that for their start,
+    which takes minutes where a machine is busy or an image is to be pulled.
+    """
+    placed = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 60.0))
+    return placed + max(300.0, settings.collective_timeout_seconds)
 
 
 def resources_per_worker(settings: WorkerSettings, cluster: dict[str, float]) -> dict[str, float]:
@@ -102,13 +104,17 @@ def _attempts(
     for attempt in range(settings.workers.max_failures + 1):
         # One an attempt, so that what is left of the last one is not heard; it comes back where its process is killed.
         console: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Console).remote()  # pyright: ignore
-        with printing(console, say=say):
-            failure = _fit(settings, run_folder, resources, console, last_epoch, callbacks)
+        try:
+            with printing(console, say=say):
+                failure = _fit(settings, run_folder, resources, console, last_epoch, callbacks)
+            patience = max(30.0, settings.workers.collective_timeout_seconds)
+            message = None if failure is None else _answer(console.failed_for_good, patience)
+        finally:
+            ray.kill(console)
         if failure is None and last_epoch is not None:
             return Result({}, {}, [])
         if failure is None:
             return Result.read(run_folder)
-        message = _answer(console.failed_for_good, settings.workers.collective_timeout_seconds)
         if message is not None:
             raise PamlError(message)
         if attempt == settings.workers.max_failures:
@@ -198,14 +204,15 @@ def _fit(
         wait([outcome], timeout=watch.every_seconds)
         stalled = None if outcome.done() else watch.look()
         if stalled is not None:
-            watch.end_attempt()
-            wait([outcome], timeout=END_SECONDS)
+            watch.end_attempt(outcome, END_SECONDS)
             return StallError(f"{stalled}. Where that may truly take longer, raise workers.collective_timeout_seconds")
     error = outcome.exception()
     if error is None:
         return None
     if not isinstance(error, ray.train.TrainingFailedError | RayError):
         raise error
+    if not isinstance(error, ray.train.TrainingFailedError):
+        watch.clear_up()
     stalled = watch.look(0.8)  # of two that notice it, the one that cannot tell whom to blame may have been faster
     return StallError(f"{stalled} ({what_failed(error)})") if stalled is not None else error
 

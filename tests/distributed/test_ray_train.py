@@ -9,7 +9,7 @@ from paml.distributed import ray_train
 from paml.training.loop import run_folder_of
 from tests.helpers.prepared import tiny_settings
 
-SAID = ("say", "bar", "fatal", "beat")
+SAID = ("say", "bar", "fatal", "beat", "worker")
 
 
 def test_a_worker_breaks_off_where_it_is_told(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

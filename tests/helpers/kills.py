@@ -5,7 +5,7 @@ import os
 import random
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -47,8 +47,17 @@ class OwnRay:
         """Up, on new ports."""
         os.environ.update(QUIET)
         before = {process.pid for process in psutil.Process().children()}
-        self.environment = environment(**self._stack.enter_context(ray_head(ROOT, cpus=2)))
+        usual = os.getpriority(os.PRIO_PROCESS, 0)
+        with suppress(PermissionError):  # Ray gives up where its parts take long to start, as on a busy machine
+            os.setpriority(os.PRIO_PROCESS, 0, -10)
+        try:
+            self.environment = environment(**self._stack.enter_context(ray_head(ROOT, cpus=2)))
+        finally:
+            os.setpriority(os.PRIO_PROCESS, 0, usual)
         (self._head,) = [process for process in psutil.Process().children() if process.pid not in before]
+        for process in self.processes():
+            with suppress(psutil.Error):
+                process.nice(usual)
 
     def processes(self) -> list[psutil.Process]:
         """The head, the GCS, the raylet and every worker."""

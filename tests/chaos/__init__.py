@@ -1,0 +1,1 @@
+"""Faults of all kinds that strike one after another over one training."""

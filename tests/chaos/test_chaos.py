@@ -1,0 +1,28 @@
+"""Faults of all kinds strike one training after another: its end is that of the unbroken one, and nothing is lost."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.campaign import report, run_campaign
+from tests.chaos.schedule import FORMS, draw_schedule
+
+
+def test_a_schedule_is_fixed_by_its_seed():
+    for form in FORMS:
+        assert draw_schedule(form, 40, 7, 5) == draw_schedule(form, 40, 7, 5)
+        assert draw_schedule(form, 40, 7, 5) != draw_schedule(form, 40, 8, 5)
+
+
+def test_most_faults_are_the_operating_systems():
+    for seed in range(10):
+        faults = [fault for form in FORMS for fault in draw_schedule(form, 67, seed, 5)]
+        assert sum(fault.system for fault in faults) >= 0.6 * len(faults)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_training_under_faults_ends_as_the_unbroken_one(tmp_path: Path):
+    campaign = run_campaign(tmp_path, {"plain": 4, "ray-s3": 3}, seed=1, say=lambda line: None)
+    assert campaign.kept, report(campaign)
+    assert len([each for each in campaign.struck if not each.missed]) >= 4, report(campaign)
