@@ -19,6 +19,7 @@ from paml.errors import DataError, SettingsError
 from paml.labels import LabelSettings, LabelTable, build_label_table, observe_single_positive
 from paml.labels.coverage import measure_coverage, missing_keys
 from paml.labels.verdicts import apply_verdicts
+from paml.reading import reading
 from paml.shards import Manifest, PartsFailed, ShardSettings, write_parts
 from paml.shards.progress import Progress
 from paml.shards.tasks import LocalTasks, Tasks
@@ -319,7 +320,11 @@ def _flickr(settings: PrepareSettings, split: str, table: LabelTable, folder: st
 
 
 def _first_rejects(folder: str, count: int = 3) -> list[list[str]]:
-    with io.TextIOWrapper(storage.open_input(storage.join(folder, "rejects.csv")), "utf-8", newline="") as file:
+    path = storage.join(folder, "rejects.csv")
+    with (
+        io.TextIOWrapper(storage.open_input(path), "utf-8", newline="") as file,
+        reading(path, "write the shards again", also=(csv.Error,)),
+    ):
         rows = csv.reader(file)
         next(rows, None)
         return [row for _, row in zip(range(count), rows, strict=False)]

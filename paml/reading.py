@@ -28,6 +28,13 @@ MISSHAPEN = (
 )
 """What code raises that takes content apart which is not of the shape that it was written in."""
 
+PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What Pillow may take a picture for. It knows forty more, some of which start programs (EPS) or read other files."""
+MAX_PIXELS = 1 << 27
+"""Pixels of a picture that training and prediction decode."""
+MAX_SCANS = 500
+"""Of a JPEG: progressive ones have about ten."""
+
 
 def parse_json(data: bytes | str) -> Any:
     """The value of a JSON text. Raises ValueError, also for one that is nested too deeply to be read."""
@@ -93,6 +100,18 @@ def open_own(path: str, flags: int, mode: int = 0o666) -> int:
         os.close(handle)
         raise _not_own(path)
     return handle
+
+
+def own_folder(path: str) -> None:
+    """Raises StorageError where the folder that is to be at `path` is a link to another place."""
+    if os.path.islink(path):
+        raise _not_own(path)
+
+
+def scan_fault(data: bytes | memoryview) -> str | None:
+    """What is wrong with a JPEG whose every few bytes cost the decoder a pass over all pixels; None for any other."""
+    scans = bytes(data).count(b"\xff\xda") if bytes(data[:2]) == b"\xff\xd8" else 0
+    return f"a JPEG of {scans:,} scans: more than {MAX_SCANS}" if scans > MAX_SCANS else None
 
 
 def _not_own(path: str) -> storage.StorageError:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
-from paml.storage import StorageError
+from paml.storage import StorageError, TooLargeError
 
 PART_BYTES = 16 << 20
 """Files are copied in parts of this size, several at a time, and each part is repeated by itself."""
@@ -302,10 +302,13 @@ def head(path: str, doing: str = "read") -> Head:
     return Head(int(answer["ContentLength"]), answer.get("ETag"), answer.get("Metadata", {}))
 
 
-def read_object(path: str, offset: int = 0, size: int | None = None, *, etag: str | None = None) -> bytes:
+def read_object(
+    path: str, offset: int = 0, size: int | None = None, *, etag: str | None = None, most: int | None = None
+) -> bytes:
     """`size` bytes from `offset`, or all from there; fewer where the object ends before.
 
     With `etag` it must still be that object, else Changed is raised. A body that breaks goes on where it stood.
+    Raises TooLargeError where there are more than `most` bytes to be read.
     """
     bucket, key = bucket_and_key(path)
     pieces: list[bytes] = []
@@ -337,6 +340,9 @@ def read_object(path: str, offset: int = 0, size: int | None = None, *, etag: st
             )
         state["etag"] = state["etag"] or answer.get("ETag")
         expected, arrived = int(answer["ContentLength"]), 0
+        if most is not None and state["got"] + expected > most:
+            answer["Body"].close()
+            raise TooLargeError(errno.EFBIG, f"{path!r} has more than {most:,} bytes: take it away")
         with contextlib.closing(answer["Body"]) as body:
             # one receive at a time, so that a trickle is seen and each wait is bounded
             receive = getattr(getattr(body, "_raw_stream", None), "read1", None) or body.read

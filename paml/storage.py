@@ -12,6 +12,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -29,6 +30,10 @@ _PAGE_KEYS = 1000
 
 class StorageError(OSError):
     """Storage that cannot be used: the message names the path, the reason and how to mend it."""
+
+
+class TooLargeError(StorageError):
+    """A file of more bytes than its reader takes."""
 
 
 _REASONS = {
@@ -103,12 +108,22 @@ def size_of(path: str) -> int:
         return os.stat(path).st_size
 
 
-def read_bytes(path: str) -> bytes:
-    """The whole file. Raises FileNotFoundError or StorageError."""
-    if not is_remote(path):
+def read_bytes(path: str, most: int | None = None) -> bytes:
+    """The whole file. Raises FileNotFoundError or StorageError.
+
+    With `most` (bytes) TooLargeError for a file of more, and for a pipe or a device, which may have no end.
+    """
+    if is_remote(path):
+        return _s3().read_object(path, most=most)
+    if most is None:
         with _clear_errors("read", path), open(path, "rb") as file:
             return file.read()
-    return _s3().read_object(path)
+    with _clear_errors("read", path), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode) or about.st_size > most:
+            what = f"has {about.st_size:,} bytes, more than" if stat.S_ISREG(about.st_mode) else "is no file of at most"
+            raise TooLargeError(errno.EFBIG, f"{path!r} {what} {most:,} bytes: take it away, or make it smaller")
+        return file.read(about.st_size)
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
@@ -244,7 +259,7 @@ def local_copy(path: str, *, again: bool = False) -> str:
     about = _s3().head(path)
     mark = f"{_s3().endpoint()} {path} {about.etag} {about.size}"
     cached = os.path.join(cache_folder(), hashlib.sha256(mark.encode()).hexdigest()[:32] + "-" + path.split("/")[-1])
-    if again or not exists(cached):
+    if again or os.path.islink(cached) or not exists(cached):  # a link is none of this cache's: it is replaced
         copy_to_local(path, cached)
     return cached
 

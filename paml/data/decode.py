@@ -12,6 +12,7 @@ import threading
 import numpy as np
 
 from paml.errors import DataError
+from paml.reading import MAX_PIXELS, PICTURE_FORMATS, scan_fault
 
 _EXIF_ORIENTATION = 0x0112
 _SCRATCH_BYTES = 64 << 20
@@ -36,7 +37,7 @@ def _turned(data: bytes | memoryview) -> bool:
     from PIL import Image
 
     try:
-        return Image.open(io.BytesIO(data)).getexif().get(_EXIF_ORIENTATION, 1) != 1
+        return Image.open(io.BytesIO(data), formats=PICTURE_FORMATS).getexif().get(_EXIF_ORIENTATION, 1) != 1
     except Exception:  # damaged EXIF data say nothing; the pixels decide
         return False
 
@@ -45,13 +46,14 @@ def _decode_pil(data: bytes | memoryview) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as picture:
+            _check_size(picture.width, picture.height)
             upright = ImageOps.exif_transpose(picture)
             if upright.mode.startswith("I"):  # PIL's own conversion cuts 16-bit greys off at 255
                 grey = (np.clip(np.asarray(upright), 0, 65535) >> 8).astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, axis=2)
             return np.array(upright.convert("RGB"))
-    except MemoryError:
+    except (MemoryError, UndecodableError):
         raise
     except Exception as error:  # decoders raise many kinds, down to SyntaxError and struct.error
         raise UndecodableError(f"{type(error).__name__}: {error}") from error
@@ -61,15 +63,23 @@ def _decode(data: bytes | memoryview, out: np.ndarray | None) -> np.ndarray:
     """uint8 [H, W, 3]: in `out` where libjpeg-turbo decodes to its size, in the thread's scratch memory or in new."""
     if not len(data):
         raise UndecodableError("empty file")
+    if fault := scan_fault(data):
+        raise UndecodableError(fault)
     if _turbo is not None and _turbo_header is not None and bytes(data[:2]) == b"\xff\xd8" and not _turned(data):
         try:
             height, width = (int(side) for side in _turbo_header(data)[:2])
+            _check_size(width, height)
             if out is None or out.shape != (height, width, 3):
                 out = _scratch_memory(height * width * 3)
             return _turbo(data, colorspace="RGB", buffer=out)
         except ValueError:  # CMYK, 12 bit, arithmetic coding, or cut off: PIL decides which
             pass
     return _decode_pil(data)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:  # as shards.max_pixels has it; so that a small file cannot use up the memory
+        raise UndecodableError(f"{width}x{height} pixels: more than {MAX_PIXELS:,}")
 
 
 def _scratch_memory(size: int) -> np.ndarray:

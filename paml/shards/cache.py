@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import threading
 import time
 import weakref
@@ -23,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from paml import storage
 from paml.errors import SettingsError
+from paml.reading import open_own, own_folder
 from paml.shards.manifest import Manifest
 
 PIECE_BYTES = 8 << 20
@@ -70,7 +72,7 @@ class OpenShard:
     def __init__(self, path: str, *, cached: bool = False, verified: bool = True) -> None:
         """Raises FileNotFoundError or another OSError. A `cached` file is not evicted before it is closed."""
         self.path, self.verified = path, verified
-        self.handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.handle = open_own(path, os.O_RDONLY) if cached else _open_file(path)
         weakref.finalize(self, _close, self.handle, cached)
         if cached:
             fcntl.flock(self.handle, fcntl.LOCK_SH)
@@ -87,6 +89,15 @@ class OpenShard:
     def bytes(self) -> int:
         """Size of the file now."""
         return os.fstat(self.handle).st_size
+
+
+def _open_file(path: str) -> int:
+    """A descriptor of a regular file; a pipe or a device is refused, which may have no end."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is no regular file", path)
+    return handle
 
 
 def _close(handle: int, cached: bool) -> None:
@@ -180,10 +191,13 @@ class ShardCache:
             return
         try:
             os.makedirs(self.shards, exist_ok=True)
+            own_folder(self.shards)
             with self._lock("room.lock"):
                 self._clear_abandoned()
                 if self.limit_bytes is None:
                     self.limit_bytes = int(0.8 * (shutil.disk_usage(self.shards).free + self.held_bytes()))
+        except storage.StorageError:
+            raise
         except OSError as error:  # also of file systems without locks
             raise storage.StorageError(
                 error.errno,
@@ -196,7 +210,7 @@ class ShardCache:
     def _lock(self, name: str, cancelled: Callable[[], bool] = lambda: False, url: str | None = None) -> Iterator[None]:
         """Hold a lock file, against threads of this process too. Its holder's death frees it."""
         os.makedirs(self.shards, exist_ok=True)  # somebody may have cleared the whole cache
-        handle = os.open(os.path.join(self.shards, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = open_own(os.path.join(self.shards, name), os.O_RDWR | os.O_CREAT)
         begun, told = time.monotonic(), _SLOW_SECONDS
         try:
             while not _try_lock(handle, fcntl.LOCK_EX):
@@ -275,7 +289,7 @@ class ShardCache:
         starts = deque(range(0, there, PIECE_BYTES))
         digest, written = hashlib.sha256(), 0
         waiting: deque[Future[bytes]] = deque()
-        with ThreadPoolExecutor(_PIECES_AHEAD) as pool, open(part, "r+b") as file:
+        with ThreadPoolExecutor(_PIECES_AHEAD) as pool, open(open_own(part, os.O_RDWR), "r+b") as file:
             try:
                 while starts or waiting:
                     while starts and len(waiting) < _PIECES_AHEAD:
@@ -337,8 +351,8 @@ class ShardCache:
             for entry in listing:
                 if entry.name.endswith((".tar", ".part")):
                     with contextlib.suppress(FileNotFoundError):
-                        stat = entry.stat()
-                        found.append((entry.path, stat.st_mtime_ns, stat.st_size))
+                        about = entry.stat(follow_symlinks=False)
+                        found.append((entry.path, about.st_mtime_ns, about.st_size))
         return found
 
     def _evict_one(self, entries: list[tuple[str, int, int]]) -> int | None:
@@ -348,10 +362,12 @@ class ShardCache:
             if not path.endswith(".tar"):
                 continue
             try:
-                handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                handle = open_own(path, os.O_RDONLY)
             except FileNotFoundError:
                 entries.remove(entry)
                 return size
+            except storage.StorageError:  # no shard of this cache: its reader says so
+                continue
             try:
                 if _try_lock(handle, fcntl.LOCK_EX):
                     os.unlink(path)
@@ -367,7 +383,7 @@ class ShardCache:
             if not path.endswith(".part"):
                 continue
             try:
-                handle = os.open(f"{path.removesuffix('.part')}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                handle = open_own(f"{path.removesuffix('.part')}.lock", os.O_RDWR | os.O_CREAT)
             except OSError:
                 continue
             try:
@@ -402,7 +418,7 @@ def _try_lock(handle: int, kind: int) -> bool:
 
 def _allocate(path: str, size: int) -> str:
     """Make a file of `size` bytes on the disk; the reason where it has no room for it, else ''."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    handle = open_own(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         if size and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle, 0, size)

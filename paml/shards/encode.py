@@ -29,7 +29,7 @@ from paml.shards.spill import (
     write_piece,
 )
 from paml.shards.tasks import Context, Interrupted
-from paml.sources.parts import Part, Payload
+from paml.sources.parts import MAX_IMAGE_BYTES, Part, Payload
 from paml.storage import StorageError
 
 PIECE_BYTES = 256 << 20
@@ -274,7 +274,9 @@ def _record(
     if not isinstance(payload, bytes):
         path = os.fspath(payload)
         try:
-            payload = storage.read_bytes(path)
+            payload = storage.read_bytes(path, MAX_IMAGE_BYTES)
+        except storage.TooLargeError as error:
+            raise BadImage(str(error.strerror)) from error
         except OSError as error:
             # What a server refuses now it may give later: only a file that is not there is the image's own fault.
             if storage.is_remote(path) and not isinstance(error, FileNotFoundError):

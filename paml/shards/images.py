@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from paml.reading import PICTURE_FORMATS, scan_fault
+
 try:
     import simplejpeg
 except ImportError:  # the bytes then differ slightly; design.md promises them for one lock file
@@ -69,7 +71,9 @@ def prepare_image(
     if not data:
         raise BadImage("zero bytes")
     try:
-        image = Image.open(io.BytesIO(data))
+        if fault := scan_fault(data):
+            raise BadImage(fault)
+        image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
         width, height = image.size
         if width * height > max_pixels:
             raise BadImage(f"{width}x{height} pixels: more than max_pixels = {max_pixels:,}")
@@ -127,7 +131,7 @@ def _encode(pixels: Image.Image, quality: int, chroma: Chroma) -> bytes:
 def image_size(data: bytes | memoryview) -> tuple[int, int]:
     """(width, height) as a viewer shows the image, from its header. Raises BadImage."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
             turned = image.getexif().get(_ORIENTATION, 1) >= 5
             return (image.height, image.width) if turned else image.size
     except MemoryError:

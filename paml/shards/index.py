@@ -16,7 +16,7 @@ from paml import storage
 from paml.errors import DataError
 from paml.shards.images import BadImage, image_size
 from paml.shards.manifest import Manifest, ShardInfo, make_batch, rejects_csv, write_manifest
-from paml.sources.tars import TarDamage, list_tars, open_tar, walk_tar
+from paml.sources.tars import BadMember, TarDamage, list_tars, open_tar, walk_tar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _KEY = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
@@ -165,7 +165,7 @@ def _index_tar(path: str) -> tuple[list[_Row], tuple[str, int], list[tuple[str, 
         hashing = _HashingReader(file)
         buffered = io.BufferedReader(cast(io.RawIOBase, hashing), 1 << 20)
         try:
-            for member in walk_tar(buffered, path):
+            for member in walk_tar(buffered, path, unpack=False):
                 match = _KEY.match(member.name)
                 if match is None or re.match(r"__[^/]*__($|/)", member.name):
                     continue
@@ -177,10 +177,10 @@ def _index_tar(path: str) -> tuple[list[_Row], tuple[str, int], list[tuple[str, 
                     rejects.append((key, f"a second image of the sample in {path}: {member.name}"))
                     continue
                 with_image.add(key)
-                data = member.read()
                 try:
+                    data = member.read()
                     width, height = image_size(data)
-                except BadImage as bad:
+                except (BadImage, BadMember) as bad:
                     rejects.append((key, f"{bad} (in {path})"))
                     continue
                 rows.append(_Row(key, member.offset, member.size, zlib.crc32(data), width, height))

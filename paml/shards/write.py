@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from paml import storage
 from paml.errors import DataError, SettingsError
-from paml.reading import read_facts, reading
+from paml.reading import open_own, read_facts, reading
 from paml.shards.assemble import GROUP_BYTES, AssembleJob, assemble_group, plan_groups, read_description
 from paml.shards.encode import PIECE_BYTES, EncodeJob, encode_part, reads_once
 from paml.shards.manifest import MANIFEST_NAME, Manifest, ShardInfo, make_batch, write_manifest
@@ -224,12 +224,13 @@ def _only_writer(work: str) -> Iterator[None]:
         if not storage.is_remote(work):
             with writing(work):
                 os.makedirs(work, exist_ok=True)
-                lock = stack.enter_context(open(os.path.join(work, "lock"), "w"))
+                handle = open_own(os.path.join(work, "lock"), os.O_RDWR | os.O_CREAT)
+                lock = stack.enter_context(open(handle, "w"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StorageError(
-                    f"another run is writing the same shards (it holds {lock.name}): wait for it or stop it"
+                    f"another run is writing the same shards (it holds {os.path.join(work, 'lock')}): wait for it or stop it"
                 ) from None
         yield
 

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from paml import storage
+from paml.errors import DataError
+from paml.reading import inside
 from paml.sources.fetch import THREADS, read_ahead, read_object
 from paml.sources.parts import Part, Payload, mark_of, starts
 
@@ -27,7 +29,11 @@ class BucketPart:
         yield from read_ahead(self.keys, self._read, self.threads)
 
     def _read(self, key: str) -> Payload:
-        return read_object(storage.join(self.folder, key + self.suffix))
+        try:
+            path = inside(self.folder, key + self.suffix)
+        except ValueError as error:
+            return DataError(str(error))
+        return read_object(path)
 
 
 def bucket_parts(

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from paml.reading import parse_object, reading
+
 VERSION = 2
 SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}  # each with its share of the digit images
 DEFAULT_IMAGES = {"train": 2400, "validation": 600, "test": 900}

@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from paml import storage
+from paml.errors import DataError
+from paml.sources.parts import MAX_IMAGE_BYTES
 from paml.storage import StorageError
 
 T = TypeVar("T")
@@ -41,15 +43,17 @@ def read_ahead(items: Iterable[T], read: Callable[[T], R], threads: int = THREAD
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def read_object(path: str) -> bytes | FileNotFoundError:
-    """The file or object at `path`, or FileNotFoundError where there is none.
+def read_object(path: str) -> bytes | FileNotFoundError | DataError:
+    """The image's file or object at `path`; FileNotFoundError where there is none, DataError where it is too large.
 
     Over and above the storage's own tries it is asked four times, with growing waits of random length. Raises
     StorageError where it still cannot tell.
     """
     for attempt in range(_TRIES):
         try:
-            return storage.read_bytes(path)
+            return storage.read_bytes(path, MAX_IMAGE_BYTES)
+        except storage.TooLargeError as error:
+            return DataError(error.strerror)
         except FileNotFoundError:
             place = "in the bucket" if storage.is_remote(path) else "in the folder"
             return FileNotFoundError(f"not {place}: {path}")

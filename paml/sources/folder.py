@@ -101,14 +101,18 @@ def _images_below(root: str) -> Iterator[tuple[str, int]]:
     yield from _walk(root, "")
 
 
-def _walk(root: str, below: str) -> Iterator[tuple[str, int]]:
+def _walk(root: str, below: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:
+    """above: device and number of the folders that lead here, so that a link back to one of them is not gone into."""
+    about = os.stat(os.path.join(root, below))
+    if (mark := (about.st_dev, about.st_ino)) in above:
+        return
     with os.scandir(os.path.join(root, below)) as found:
         entries = sorted((entry.name, entry) for entry in found)
     for name, entry in entries:
         path = f"{below}/{name}" if below else name
         if entry.is_dir():
             if not name.startswith("."):
-                yield from _walk(root, path)
+                yield from _walk(root, path, (*above, mark))
         elif is_image(name):
             yield path, _size_of(entry)
 

@@ -15,6 +15,10 @@ Payload = bytes | str | os.PathLike[str] | Exception
 """An image's bytes, or the path of its file (local or remote), or why the source could not read it."""
 
 
+MAX_IMAGE_BYTES = 1 << 28
+"""An image's file may have so many bytes, so that one cannot use up the memory; larger ones are rejected unread."""
+
+
 class Part(Protocol):
     """Some images of a source. Small when pickled, since it travels to the task that reads it."""
 

@@ -4,10 +4,13 @@ Python's tarfile, and with it stock WebDataset, takes a damaged header for the e
 rest without a word; here the end is checked, and what was lost is reported.
 """
 
+import bz2
+import contextlib
 import gzip
 import io
 import lzma
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -17,17 +20,33 @@ from typing import Any, NamedTuple, cast
 
 from paml import storage
 from paml.errors import DataError
+from paml.reading import MISSHAPEN
 from paml.sources.folder import is_image, key_of
-from paml.sources.parts import Part, Payload, mark_of, read_parts
+from paml.sources.parts import MAX_IMAGE_BYTES, Part, Payload, mark_of, read_parts
 from paml.storage import StorageError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _BLOCK = 512
+_MAX_HEADER_BYTES = 1 << 14
+"""Of one header with a long name or further fields; names have 4,096 bytes at most."""
+_MAX_DIGITS = re.compile(rb"\d{256}")
+"""Python before 3.11.10 and 3.12.6 takes the square of the time for a run of digits in a header."""
+_MAX_RATIO, _ANY_RATIO_BYTES = 200, 64 << 20
+"""A packed archive may unpack to so many times its size, over and above so many bytes: images hardly shrink."""
 _DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+_PACKED: tuple[tuple[bytes, Callable[[Any], Any]], ...] = (
+    (b"\x1f\x8b", lambda file: gzip.GzipFile(fileobj=file)),
+    (b"BZh", bz2.BZ2File),
+    (b"\xfd7zXZ\x00", lzma.LZMAFile),
+)
 
 
 class TarDamage(DataError):
     """A tar file that is cut, or whose headers were changed: members after that place are lost."""
+
+
+class BadMember(DataError):
+    """A member that cannot be an image; what follows it can be read."""
 
 
 class Member(NamedTuple):
@@ -38,7 +57,48 @@ class Member(NamedTuple):
     """Of its first byte within the (unpacked) archive."""
     size: int
     read: Callable[[], bytes]
-    """Its bytes; to be called before the next member is asked for."""
+    """Its bytes; to be called before the next member is asked for. Raises TarDamage and BadMember."""
+
+
+class _Guard:
+    """An open archive as tarfile reads it, with bounds on what a header may ask for and an archive unpack to."""
+
+    def __init__(self, file: Any, most: int | None) -> None:
+        self._file, self._most = file, most
+        self.in_header = False
+
+    @contextlib.contextmanager
+    def header(self) -> Iterator[None]:
+        """Of the reading of a header. Raises tarfile.ReadError for one that cannot be."""
+        self.in_header = True
+        try:
+            yield
+        except _DAMAGE:
+            raise
+        except MISSHAPEN as error:  # also headers that lead to headers, deeper than Python calls
+            raise tarfile.ReadError(f"a header that cannot be ({type(error).__name__})") from error
+        finally:
+            self.in_header = False
+
+    def read(self, size: int = -1) -> bytes:
+        if self.in_header and not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes, where {_MAX_HEADER_BYTES:,} are allowed")
+        data = self._file.read(size)
+        if self.in_header and size > _BLOCK and _MAX_DIGITS.search(data):
+            raise tarfile.ReadError("a header with a number of 256 digits or more")
+        if self._most is not None and self._file.tell() > self._most:
+            raise tarfile.ReadError(f"it unpacks to more than {_MAX_RATIO} times its size")
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence != os.SEEK_SET or not 0 <= offset < 1 << 62:
+            raise tarfile.ReadError(f"a header leads to byte {offset}")
+        if self._most is not None and offset > self._most:
+            raise tarfile.ReadError(f"it unpacks to more than {_MAX_RATIO} times its size")
+        return self._file.seek(offset)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def list_tars(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
@@ -61,31 +121,64 @@ def list_tars(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) 
     return found
 
 
-def walk_tar(file: io.BufferedIOBase, path: str) -> Iterator[Member]:
-    """The regular files of an open tar archive, in its order; `path` is for messages.
+def walk_tar(file: io.BufferedIOBase, path: str, *, unpack: bool = True) -> Iterator[Member]:
+    """The regular files of an open, seekable tar archive, in its order; `path` is for messages.
 
-    Raises TarDamage at the place where the archive is cut or a header is damaged, after all before it.
+    Folders, links and devices are passed over. Raises TarDamage at the place where the archive is cut or a header is
+    damaged, after all before it, where it unpacks to more than 200 times its size, and, without `unpack`, where it is
+    packed.
     """
-    last = "its beginning"
+    last, before = "its beginning", -1
     try:
-        with tarfile.open(fileobj=cast(Any, file), mode="r:*") as archive:
-            tar = cast(Any, archive)
-            while (info := tar.next()) is not None:
+        guard = _opened(file, path, unpack)
+        with guard.header():
+            tar: Any = tarfile.TarFile(fileobj=cast(Any, guard))
+        with tar:
+            while (info := _next(tar, guard)) is not None:
                 tar.members = []  # it would keep them all
+                if info.size < 0 or info.offset <= before:
+                    raise tarfile.ReadError(f"a header of {info.size} bytes at byte {info.offset}")
+                before = info.offset
                 if info.isreg():
-                    yield Member(info.name, info.offset_data, info.size, partial(_read, archive, info, path))
+                    yield Member(info.name, info.offset_data, info.size, partial(_read, guard, info, path))
                 last = repr(info.name)
             end = tar.offset
-            tar.fileobj.seek(end)
-            block = tar.fileobj.read(_BLOCK)
-            clean = len(block) == _BLOCK and _all_zero(block) and _zero_to_the_end(tar.fileobj)
-    except _DAMAGE as error:
+            guard.seek(end)
+            block = guard.read(_BLOCK)
+            clean = len(block) == _BLOCK and _all_zero(block) and _zero_to_the_end(guard)
+    except (*_DAMAGE, OSError) as error:
+        if _of_storage(error):
+            raise
         reason = str(error).split(":\n")[0]
         raise TarDamage(f"{path} is no tar file, or is cut or damaged after {last}: {reason}") from error
     if len(block) < _BLOCK:
         raise TarDamage(f"{path} is cut at byte {end + len(block)}, after {last}: it has no end mark")
     if not clean:
         raise TarDamage(f"{path} has a damaged header at byte {end}, after {last}: what follows is lost")
+
+
+def _opened(file: Any, path: str, unpack: bool) -> _Guard:
+    """The archive, unpacked where it is packed."""
+    mark = file.read(6)
+    file.seek(0)
+    unpacked = next((opened for sign, opened in _PACKED if mark.startswith(sign)), None)
+    if unpacked is None:
+        return _Guard(file, None)
+    if not unpack:
+        raise TarDamage(f"{path} is compressed: its images cannot be read by offset: unpack it first")
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return _Guard(unpacked(file), _ANY_RATIO_BYTES + _MAX_RATIO * size)
+
+
+def _next(tar: Any, guard: _Guard) -> tarfile.TarInfo | None:
+    with guard.header():
+        return tar.next()
+
+
+def _of_storage(error: BaseException) -> bool:
+    """Whether the disk or the network failed, not what was read: bz2 says of bad data that it is an OSError."""
+    return isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and error.errno is not None
 
 
 def _all_zero(data: bytes) -> bool:
@@ -100,11 +193,19 @@ def _zero_to_the_end(file: Any) -> bool:
     return True
 
 
-def _read(tar: tarfile.TarFile, info: tarfile.TarInfo, path: str) -> bytes:
+def _read(guard: "_Guard", info: tarfile.TarInfo, path: str) -> bytes:
+    if info.issparse():
+        raise BadMember(f"{info.name!r} in {path} is stored with holes, which no image has: pack it anew")
+    if info.size > MAX_IMAGE_BYTES:
+        raise BadMember(
+            f"{info.name!r} in {path} has {info.size:,} bytes, and an image may have {MAX_IMAGE_BYTES:,}: leave it out"
+        )
     try:
-        part = tar.extractfile(info)
-        data = part.read() if part is not None else b""
-    except _DAMAGE as error:
+        guard.seek(info.offset_data)
+        data = guard.read(info.size)
+    except (*_DAMAGE, OSError) as error:
+        if _of_storage(error):
+            raise
         raise TarDamage(f"{path} is cut or damaged in {info.name!r}: {error}") from error
     if len(data) < info.size:
         raise TarDamage(f"{path} is cut in {info.name!r}: {len(data)} of {info.size} bytes are there")
@@ -133,13 +234,20 @@ class TarPart:
                 file.peek(_BLOCK)  # tarfile takes an error of its first read for a file that is no tar
                 for member in walk_tar(file, self.path):
                     if is_image(member.name):
-                        yield key_of(member.name), member.read()
+                        yield key_of(member.name), _payload(member)
         except TarDamage as damage:
             yield self.path, damage
         except (StorageError, FileNotFoundError):
             raise
         except OSError as error:
             raise StorageError(error.errno, f"cannot read {self.path!r} to its end: {error}: try again") from error
+
+
+def _payload(member: Member) -> Payload:
+    try:
+        return member.read()
+    except BadMember as error:
+        return error
 
 
 def tar_parts(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Part]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from paml import storage
 from paml.errors import DataError
+from paml.reading import inside, reading
 from paml.sources.fetch import read_ahead
 from paml.sources.full import FullSplit, full_split, read_lines
 
@@ -36,6 +37,9 @@ def voc(
     for split, image_set in splits.items():
         path = storage.join(root, "ImageSets", "Main", f"{image_set}.txt")
         keys = [line.split()[0] for line in read_lines(path, "the image set")]
+        with reading(path, "unpack it again"):
+            for key in keys:
+                inside(root, f"{key}.xml")
         easy, hard = np.zeros((len(keys), len(CLASSES)), bool), np.zeros((len(keys), len(CLASSES)), bool)
         paths = [storage.join(root, "Annotations", f"{key}.xml") for key in keys]
         for row, (_, objects) in enumerate(read_ahead(paths, _objects_of)):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paml import storage
-from paml.reading import inside, parse_object
+from paml.reading import inside, open_own, parse_object
 from paml.tracking.journal import END_STATUSES, Event, latest
 
 if TYPE_CHECKING:
@@ -392,7 +392,7 @@ def connect(tracking_uri: str) -> MlflowClient:
     database = Path(tracking_uri.split("///", 1)[1]).absolute()
     database.parent.mkdir(parents=True, exist_ok=True)
     # Two processes that create the tables at once break each other.
-    with open(f"{database}.lock", "w") as lock:
+    with open(open_own(f"{database}.lock", os.O_RDWR | os.O_CREAT), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         SqlAlchemyStore(tracking_uri, (database.parent / "mlartifacts").as_uri()).engine.dispose()
         return MlflowClient(tracking_uri)

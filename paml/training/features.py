@@ -29,6 +29,7 @@ from paml.data.plan import EpochPlan, Samples
 from paml.data.settings import DataSettings
 from paml.errors import SettingsError
 from paml.models import CamClassifier
+from paml.reading import MISSHAPEN, open_own, own_folder, parse_object
 from paml.training.data import RunData, Split, shards_ahead, split_reader
 from paml.training.settings import TrainSettings
 from paml.training.world import World
@@ -152,12 +153,16 @@ class _Maker:
         folder, _ = self._place(split, mirrored)
         path, shape = os.path.join(folder, "features.f16"), (len(split.manifest), *self.shape)
         try:
-            about = json.loads(storage.read_bytes(os.path.join(folder, "features.json")))
+            for own in (os.path.join(folder, "features.json"), path):
+                own_folder(folder)
+                os.close(open_own(own, os.O_RDONLY))
+            about = parse_object(storage.read_bytes(os.path.join(folder, "features.json")))
             whole = storage.sha256_of(path) == (about["sha256"], about["size"])
             bad = {int(place): str(reason) for place, reason in about["bad"].items()}
+            whole = whole and all(0 <= place < shape[0] for place in bad)
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except MISSHAPEN:
             whole, bad = False, {}
         if not whole or os.path.getsize(path) != 2 * math.prod(shape):
             self.say(f"the features in {folder} are damaged and will be computed anew")
@@ -191,7 +196,8 @@ class _Maker:
         """Whether the file is ours to make. Where a disk knows no locks all make it, and the last one stays."""
         folder, _ = self._place(split, mirrored)
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "lock"), "w") as lock:
+        own_folder(folder)
+        with open(open_own(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT), "w") as lock:
             try:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
