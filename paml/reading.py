@@ -12,7 +12,6 @@ import pyarrow as pa
 
 from paml import storage
 from paml.errors import DataError, PamlError
-from paml.labels.states import LabelError
 
 MISSHAPEN = (
     KeyError,
@@ -28,7 +27,7 @@ MISSHAPEN = (
 )
 """What code raises that takes content apart which is not of the shape that it was written in."""
 
-PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What Pillow may take a picture for. It knows forty more, some of which start programs (EPS) or read other files."""
 MAX_PIXELS = 1 << 27
 """Pixels of a picture that training and prediction decode."""
@@ -62,9 +61,13 @@ def reading(
     """
     try:
         yield
-    except (PamlError, LabelError, storage.StorageError, FileNotFoundError):
+    except (PamlError, storage.StorageError, FileNotFoundError):
         raise
     except (*MISSHAPEN, *also) as fault:
+        from paml.labels.states import LabelError  # labels read by this module, too
+
+        if isinstance(fault, LabelError):
+            raise
         said = " ".join(str(fault).split())[:300]
         raise error(f"{path} is damaged or no such file ({type(fault).__name__}: {said}): {mend}") from fault
 

@@ -230,7 +230,8 @@ def _only_writer(work: str) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StorageError(
-                    f"another run is writing the same shards (it holds {os.path.join(work, 'lock')}): wait for it or stop it"
+                    f"another run is writing the same shards (it holds {os.path.join(work, 'lock')}): wait for it or "
+                    "stop it"
                 ) from None
         yield
 

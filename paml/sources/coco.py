@@ -30,6 +30,8 @@ def coco(root: str, out: str, *, splits: Mapping[str, str] = SPLITS, drop_empty:
         with reading(path, "fetch it again"):
             said = _read(path)
             classes = [category["name"] for category in said["categories"]]
+            if not all(isinstance(name, str) for name in classes):
+                raise TypeError("a category's name is no text")
             class_of = {category["id"]: index for index, category in enumerate(said["categories"])}
             row_of = {image["id"]: row for row, image in enumerate(said["images"])}
             positives = np.zeros((len(row_of), len(classes)), bool)

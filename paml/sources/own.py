@@ -147,6 +147,7 @@ def _as_text(batch: pa.RecordBatch, columns: Sequence[str]) -> pa.RecordBatch:
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         text = column.cast(pa.string()).fill_null("")
+        text.validate(full=True)  # Parquet says of any bytes that they are text
         texts.append(pc.call_function("utf8_trim_whitespace", [text]))
     return pa.RecordBatch.from_arrays(texts, list(columns))
 

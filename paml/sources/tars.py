@@ -208,7 +208,7 @@ def _read(guard: "_Guard", info: tarfile.TarInfo, path: str) -> bytes:
             raise
         raise TarDamage(f"{path} is cut or damaged in {info.name!r}: {error}") from error
     if len(data) < info.size:
-        raise TarDamage(f"{path} is cut in {info.name!r}: {len(data)} of {info.size} bytes are there")
+        raise TarDamage(f"{path} is cut or damaged in {info.name!r}: {len(data)} of {info.size} bytes are there")
     return data
 
 
