@@ -33,8 +33,8 @@ from paml.data.loader import Batch
 from paml.labels import LabelTable, apply_verdicts
 from paml.labels.build import HEADER
 from paml.labels.states import POSITIVE
-from paml.labels.verdicts import defused
 from paml.metrics.pairs import read_pairs
+from paml.spreadsheet import defused
 from paml.training.data import RunData, eval_loader, open_data
 from paml.training.features import with_features
 from paml.training.loop import Result, Watcher, pairs_path, run_folder_of, train

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from paml.errors import PamlError, SettingsError
 from paml.labels.states import LabelError
+from paml.secrets import refuse_keys
 from paml.storage import StorageError
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ def read_settings(kind: type[T], description: str, default_config: str | None = 
     parsed = parser.parse_args()
     parsed.pop("config", None)
     try:
+        refuse_keys(parsed.as_dict())
         return kind(**parser.instantiate(parsed).as_dict())
     except MENDABLE as error:
         parser.error(str(error))
@@ -49,6 +51,7 @@ def checked_settings(kind: type[T], values: Mapping[str, Any], where: str, known
     refuse_unknown(values, known, where)
     parser = _parser(kind)
     try:
+        refuse_keys(values)
         return kind(**parser.instantiate(parser.parse_object(dict(values))).as_dict())
     except (argparse.ArgumentError, *MENDABLE) as error:
         raise SettingsError(f"{where}: {error}") from error

@@ -129,6 +129,12 @@ class Changed(StorageError):
 def bucket_and_key(path: str) -> tuple[str, str]:
     """(bucket, key) of `s3://bucket/key`. Raises StorageError where no bucket is named."""
     bucket, _, key = path.removeprefix("s3://").partition("/")
+    if "@" in bucket:
+        raise StorageError(
+            errno.EINVAL,
+            f"'s3://…@{bucket.rpartition('@')[2]}' holds keys: write s3://bucket/key, and give the keys by "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )
     if not bucket:
         raise StorageError(errno.EINVAL, f"{path!r} names no bucket: write s3://bucket/key")
     return bucket, key

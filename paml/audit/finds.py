@@ -11,7 +11,7 @@ import numpy as np
 from paml import storage
 from paml.labels.build import HEADER
 from paml.labels.states import NEGATIVE, POSITIVE, UNOBSERVED
-from paml.labels.verdicts import defused
+from paml.spreadsheet import defused
 
 SCHEMA_VERSION = 1
 UNOBSERVED_POSITIVE = "unobserved-positive"
@@ -103,7 +103,7 @@ def write_csv(finds: Finds, keys: list[str], mids: list[str], path: str) -> None
     """Write the finds by kind and rank as Open Images writes machine-made labels: ImageID, Source (`machine`),
     LabelName, Confidence (the probability that the class is in the picture, so that a low one doubts a positive).
 
-    Fields that a spreadsheet would run get an apostrophe in front (see paml.labels.verdicts).
+    Fields that a spreadsheet would run get an apostrophe in front (see paml.spreadsheet).
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from paml.labels.verdicts import FORMULA_MARKS
+from paml.spreadsheet import FORMULA_MARKS
 
 THUMBNAIL_SIDE = 256
 """Longest side of a picture, pixels; smaller ones stay as they are."""

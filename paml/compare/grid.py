@@ -12,6 +12,7 @@ from paml import storage
 from paml.cli import checked_settings
 from paml.compare.settings import CompareSettings, TrainingsSettings
 from paml.errors import SettingsError
+from paml.reading import reading
 from paml.training.settings import TrainSettings, at_absolute_paths, flatten
 
 ONE_YARDSTICK = ("data.root", "data.validation_split", "data.test_split", "metrics.")
@@ -103,7 +104,7 @@ def base_settings(settings: TrainingsSettings) -> dict[str, Any]:
     if isinstance(base, str):
         if not os.path.exists(base):
             raise SettingsError(f"base is {base!r}; there is no such recipe (a path is taken from {os.getcwd()})")
-        with open(base) as file:
+        with open(base, "rb") as file, reading(base, "it is to be YAML", SettingsError, (yaml.YAMLError,)):
             base = yaml.safe_load(file)
         if not isinstance(base, dict):
             raise SettingsError(f"base {settings.base!r} holds no settings: it is to be a recipe of the training job")

@@ -19,6 +19,7 @@ from paml.compare.settings import CompareSettings
 from paml.errors import DataError
 from paml.metrics import MetricSettings, read_pairs
 from paml.metrics.scores import NUM_GROUPS
+from paml.spreadsheet import defused_row
 from paml.tracking.journal import END_STATUSES, Event, read_journal
 from paml.training.data import open_split
 from paml.training.loop import Result, pairs_path, run_folder_of
@@ -263,7 +264,8 @@ def as_csv(lines: Sequence[Line]) -> str:
     writer.writerow([*names, *GROUPS])
     for line in lines:
         values = [getattr(line, name) for name in names] + [line.groups.get(group, NAN) for group in GROUPS]
-        writer.writerow(["" if isinstance(value, float) and math.isnan(value) else value for value in values])
+        known = ["" if isinstance(value, float) and math.isnan(value) else value for value in values]
+        writer.writerow(defused_row(known))
     return out.getvalue()
 
 

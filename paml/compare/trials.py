@@ -22,6 +22,7 @@ from paml.compare.settings import SweepSettings
 from paml.compare.space import Axis, Known, grid_points, optuna_point, random_points
 from paml.errors import SettingsError
 from paml.reading import read_facts, reading
+from paml.spreadsheet import defused_row
 
 SCHEMA_VERSION = 1
 NAN = math.nan
@@ -249,7 +250,7 @@ def as_csv(sweep: Sweep, trials: Iterable[Trial]) -> str:
         cells = [trial.number, trial.score if trial.scores else "", trial.epoch or "", len(trial.scores), trial.state]
         values = [json.dumps(value) if isinstance(value, list) else value for value in (trial.point[n] for n in names)]
         scores = " ".join(f"{score:.6f}" for score in trial.scores)
-        writer.writerow([*cells, round(trial.seconds, 1), *values, scores, trial.error or ""])
+        writer.writerow(defused_row([*cells, round(trial.seconds, 1), *values, scores, trial.error or ""]))
     return out.getvalue()
 
 

@@ -28,6 +28,7 @@ from paml.compare.table import (
 from paml.distributed import cluster
 from paml.distributed.grid_run import AGAIN, check_trainings, join_cluster, train_all
 from paml.distributed.run import stopping
+from paml.secrets import without_keys
 from paml.shards.tasks import one_line
 from paml.tracking import Journal, MlflowFollower, read_journal, replay
 from paml.tracking.journal import plain
@@ -103,7 +104,8 @@ def tracked(
             raise
     if follower is not None and follower.close(timeout=60.0) == 0 and follower.run_id is not None:
         _adopt(children, follower.run_id, follower.tracking_uri)
-        print(f"MLflow: {follower.tracking_uri}, experiment {settings.experiment}, run {follower.run_id}")
+        shown = without_keys(follower.tracking_uri)
+        print(f"MLflow: {shown}, experiment {settings.experiment}, run {follower.run_id}")
     return status
 
 

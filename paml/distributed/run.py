@@ -26,6 +26,7 @@ from paml.metrics import Scores, score_table, write_per_class
 from paml.predict.predictor import ModelFacts, write_model_folder
 from paml.predict.register import RegisterSettings, register_run
 from paml.reading import read_facts, reading
+from paml.secrets import without_keys
 from paml.tracking import Journal, MlflowFollower, SystemSampler
 from paml.tracking.figures import rejected_by_epoch_figure
 from paml.tracking.model import final_model
@@ -50,7 +51,8 @@ def run_training(settings: TrainSettings) -> int:
     settings = at_absolute_paths(settings, cluster.base_folder())
     follower = train_run(settings)
     if follower is not None:
-        print(f"MLflow: {follower.tracking_uri}, experiment {settings.run.experiment}, run {follower.run_id}")
+        shown = without_keys(follower.tracking_uri)
+        print(f"MLflow: {shown}, experiment {settings.run.experiment}, run {follower.run_id}")
     if settings.run.register is not None:
         register = RegisterSettings(run=run_folder_of(settings), name=settings.run.register)
         if follower is None:
@@ -219,7 +221,7 @@ def _note(settings: TrainSettings, data: RunData, rows: Mapping[str, Scores] | N
     """
     digests = ", ".join(f"{split.name} `{_data_digest(split)}`" for split in data.splits)
     versions = ", ".join(f"{name.removeprefix('version.')} {version}" for name, version in _versions().items())
-    command = shlex.join([f"jobs/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = without_keys(shlex.join([f"jobs/{Path(sys.argv[0]).name}", *sys.argv[1:]]))
     maps = "; ".join(f"**test mAP {100 * scores.map:.2f}** ({name})" for name, scores in (rows or {}).items())
     parts = [
         maps or "No test scores yet.",

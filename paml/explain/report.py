@@ -13,6 +13,7 @@ from paml import storage
 from paml.explain.figures import CONTROL, Series, colour, draw_boxes, draw_distributions
 from paml.explain.measures import CONVENTION
 from paml.labels.states import NEGATIVE, POSITIVE
+from paml.spreadsheet import defused_row
 from paml.training.data import Split
 
 SCHEMA_VERSION = 1
@@ -152,7 +153,7 @@ def summary_csv(rows: Sequence[dict[str, Any]]) -> bytes:
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: defused_row([value])[0] for name, value in row.items()} for row in rows)
     return out.getvalue().encode()
 
 

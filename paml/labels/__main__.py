@@ -44,7 +44,7 @@ def cut(table: str, out: str, classes: str | None = None, images: str | None = N
         classes: file with one MID a line, or a class CSV; its order becomes that of the classes.
         images: file with one key a line.
     """
-    keys = None if images is None else storage.read_bytes(images).decode().split("\n")
+    keys = None if images is None else storage.read_bytes(images).decode("utf-8", "replace").split("\n")
     keys = None if keys is None else [key.rstrip("\r") for key in keys if key.strip()]
     mids = None if classes is None else read_classes(classes)
     print(edit.cut(LabelTable.open(table), out, classes=mids, images=keys))

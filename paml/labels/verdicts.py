@@ -4,8 +4,8 @@ A verdict file has the columns and states of `annotations-human.csv`: Confidence
 has no row. The rules: a verdict wins over what the table says; a pair that the files answer both ways is answered by
 neither, and the table's own label stays.
 
-Spreadsheets run a cell that begins with one of = + - @ as a formula, so exported fields that do begin so (or with a
-tab, a line end or an apostrophe) get an apostrophe in front, which is taken off again when verdicts are read.
+The apostrophe that exported fields have in front of what a spreadsheet would run (`paml.spreadsheet`) is taken off when
+verdicts are read.
 """
 
 import csv
@@ -26,24 +26,13 @@ from paml.labels.build import HEADER
 from paml.labels.edit import keep, merge
 from paml.labels.states import NEGATIVE, POSITIVE, LabelError
 from paml.labels.table import LabelTable, as_strings, table_from_triples
+from paml.spreadsheet import restored
 
-FORMULA_MARKS = "=+-@\t\r\n'"
-"""A field that begins with one of these is exported with an apostrophe in front."""
 KINDS = ("malformed_row", "unknown_class", "malformed_confidence", "unknown_image", "duplicate", "contradiction")
 _STATES = {"1": POSITIVE, "1.0": POSITIVE, "0": NEGATIVE, "0.0": NEGATIVE}
 _REJECTS = pa.schema(
     [("kind", pa.string()), ("file", pa.string()), ("line", pa.int64()), *((name, pa.string()) for name in HEADER)]
 )
-
-
-def defused(field: str) -> str:
-    """The field as it is exported, so that no spreadsheet runs it."""
-    return "'" + field if field[:1] and field[0] in FORMULA_MARKS else field
-
-
-def restored(field: str) -> str:
-    """What `defused` was given."""
-    return field[1:] if field[:1] == "'" and field[1:2] and field[1] in FORMULA_MARKS else field
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ from paml.shards.write import PartsFailed
 from paml.sources.fetch import read_object
 from paml.sources.folder import KeyRule, folder_parts
 from paml.sources.parts import Part, Payload, mark_of
+from paml.spreadsheet import defused
 from paml.training.allocator import keep_memory
 
 SCHEMA_VERSION = 1
@@ -424,7 +425,8 @@ def _claim(out: str, about: dict[str, Any], predictor: Predictor) -> None:
     writer.writerow(("class_index", "mid", "name", "threshold"))
     for index, (mid, name) in enumerate(zip(predictor.facts.classes, predictor.facts.names, strict=True)):
         known = thresholds is not None and np.isfinite(thresholds[index])
-        writer.writerow((index, mid, name, f"{thresholds[index]:.6g}" if known else ""))  # pyright: ignore
+        shown = f"{thresholds[index]:.6g}" if known else ""  # pyright: ignore
+        writer.writerow((index, defused(mid), defused(name), shown))
     storage.write_bytes(storage.join(out, "classes.csv"), lines.getvalue().encode())
 
 

@@ -23,6 +23,7 @@ from paml.metrics.calibration import (
 )
 from paml.predict.pictures import draw_reliability
 from paml.predict.predictor import Predictor, calibration_path, model_folder, open_predictor
+from paml.secrets import without_keys
 from paml.tracking.follower import refill_command, replay
 from paml.tracking.journal import Journal
 from paml.tracking.model import final_model
@@ -247,6 +248,6 @@ def _leave(
     if journal is not None and run.run.mlflow:
         try:
             report = replay(folder)
-            say(f"MLflow: {report.tracking_uri}, run {report.run_id}")
+            say(f"MLflow: {without_keys(report.tracking_uri)}, run {report.run_id}")
         except Exception as error:  # whatever MLflow and its stores raise: the journal holds all
             say(f"MLflow is away ({reason(error)}); send it later: {refill_command(folder)}")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from paml.errors import DataError, SettingsError
 from paml.metrics import read_pairs
+from paml.secrets import without_keys
 from paml.tracking.registry import Registered, TestScore, register_model
 from paml.training.loop import Result, pairs_path
 from paml.training.score_run import settings_of_run
@@ -35,8 +36,9 @@ class RegisterSettings:
 def register_run(settings: RegisterSettings, say: Callable[[str], None] = print) -> Registered:
     """Register the run's final model and say what became of it. Raises DataError, and what `register_model` does."""
     done = register_model(settings.run, settings.name, score_of_run(settings.run), settings.tracking_uri)
+    shown = without_keys(done.tracking_uri)
     say(
-        f"{settings.run} is version {done.version} of {settings.name} in {done.tracking_uri}: the candidate, "
+        f"{settings.run} is version {done.version} of {settings.name} in {shown}: the candidate, "
         f"{'and the champion' if done.champion else 'not the champion'} ({done.why})"
     )
     return done

@@ -22,6 +22,7 @@ from paml import storage
 from paml.errors import DataError
 from paml.reading import MISSHAPEN, inside, parse_json, parse_object
 from paml.seal import UNSEALED, BrokenSeal, check_seal, file_mark, seal_file
+from paml.spreadsheet import defused_row
 
 MANIFEST_NAME = "manifest.arrow"
 SCHEMA_VERSION = 1
@@ -282,9 +283,9 @@ def write_manifest(
 
 
 def rejects_csv(rejects: Sequence[tuple[str, str]]) -> bytes:
-    """Rows of (key, reason) as CSV with a header line, sorted by key."""
+    """Rows of (key, reason) as CSV with a header line, sorted by key, for people: see `paml.spreadsheet`."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("key", "reason"))
-    writer.writerows(sorted(rejects))
+    writer.writerows(map(defused_row, sorted(rejects)))
     return out.getvalue().encode("utf-8", "backslashreplace")

@@ -33,6 +33,7 @@ from paml.shards.settings import ShardSettings
 from paml.shards.spill import KeySet, Piece, key_digest, piece_stem, read_pieces, writing
 from paml.shards.tasks import Failure, LocalTasks, Tasks
 from paml.sources.parts import Part, Payload
+from paml.spreadsheet import defused_row
 from paml.storage import StorageError
 
 REJECTS_NAME = "rejects.csv"
@@ -463,5 +464,5 @@ def _write_rejects(path: str, rejects: dict[str, str], missing: pa.Array) -> Non
             if start == 0:
                 rows.writerow(("key", "reason"))
             for key in keys.take(pa.array(order[start : start + (1 << 16)])).to_pylist():
-                rows.writerow((key, rejects.get(key, "wanted, but in no source")))
+                rows.writerow(defused_row((key, rejects.get(key, "wanted, but in no source"))))
             file.write(text.getvalue().encode("utf-8", "backslashreplace"))

@@ -7,6 +7,7 @@ import sys
 import time
 
 from paml.errors import PamlError
+from paml.secrets import without_keys
 from paml.tracking.follower import replay
 from paml.tracking.journal import END_STATUSES
 from paml.tracking.view import reason
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             progress=_progress(sys.stderr.isatty()),
         )
     except (PamlError, ValueError, OSError) as error:
-        print(f"not refilled: {error}", file=sys.stderr)
+        print(f"not refilled: {without_keys(str(error))}", file=sys.stderr)
         return 1
     except Exception as error:
         # Whatever MLflow and its stores raise: what is in MLflow by now stays, and the next try goes on.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from paml import storage
+from paml.secrets import without_keys
 from paml.tracking.journal import (
     END_STATUSES,
     Event,
@@ -49,6 +50,7 @@ class MlflowFollower:
         """`tracking_uri`: default MLFLOW_TRACKING_URI, else SQLite in `storage_root`."""
         self.run_folder = str(run_folder)
         self.tracking_uri = tracking_uri or default_tracking_uri(storage_root)
+        self._shown_uri = without_keys(self.tracking_uri)
         self._say = say
         self._poll_s = poll_s
         self._request_timeout_s = request_timeout_s
@@ -87,7 +89,7 @@ class MlflowFollower:
         left = self._count_left()
         if left:
             self._say(
-                f"paml: {left} events of the journal are not in MLflow ({self.tracking_uri}). Send them with "
+                f"paml: {left} events of the journal are not in MLflow ({self._shown_uri}). Send them with "
                 f"{refill_command(self.run_folder, self.tracking_uri)}"
             )
         return left
@@ -121,7 +123,7 @@ class MlflowFollower:
                     self._pending = []
                     self._sent += sent
                     if away:
-                        self._say(f"paml: MLflow at {self.tracking_uri} is back; {sent} events sent")
+                        self._say(f"paml: MLflow at {self._shown_uri} is back; {sent} events sent")
                         away = False
                     if len(view.refused) > refused:
                         refused = len(view.refused)
@@ -138,7 +140,7 @@ class MlflowFollower:
                 if not away and failures > 1:
                     away = True
                     self._say(
-                        f"paml: MLflow at {self.tracking_uri} is away ({reason(error)}); training goes on, "
+                        f"paml: MLflow at {self._shown_uri} is away ({reason(error)}); training goes on, "
                         "the journal keeps all figures and they are sent when it is back"
                     )
             wait = self._poll_s if failures < 2 else min(self._poll_s * 2 ** (failures - 1), _LONGEST_WAIT_S)
@@ -167,7 +169,8 @@ class ReplayReport:
     """The run's status in MLflow."""
 
     def __str__(self) -> str:
-        lines = [f"{self.events} events are in MLflow ({self.tracking_uri}), run {self.run_id}: {self.status}"]
+        shown = without_keys(self.tracking_uri)
+        lines = [f"{self.events} events are in MLflow ({shown}), run {self.run_id}: {self.status}"]
         if self.status == "RUNNING":
             lines.append("the journal has no end: if the run is dead, say so with --status KILLED")
         if self.refused:
@@ -256,5 +259,6 @@ def _counter(total: int, progress: Callable[[int, int], None]) -> Callable[[int]
 
 
 def refill_command(run_folder: str, tracking_uri: str = "URI") -> str:
-    """The command that sends a run's journal to MLflow."""
+    """The command that sends a run's journal to MLflow. A user and password are left to MLflow's variables."""
+    tracking_uri = without_keys(tracking_uri)
     return f"python -m paml.tracking {shlex.quote(run_folder)} --tracking-uri {shlex.quote(tracking_uri)}"

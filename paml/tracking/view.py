@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from paml import storage
 from paml.reading import inside, open_own, parse_object
+from paml.secrets import without_keys
 from paml.tracking.journal import END_STATUSES, Event, latest
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class MlflowView:
         self.experiment_id = ""
         self._request_timeout_s = request_timeout_s
         self._client: MlflowClient | None = None
-        self._memory = read_memory(run_folder).get(tracking_uri, {})
+        self._memory = read_memory(run_folder).get(without_keys(tracking_uri), {})
         self._metrics: dict[str, set[int]] = {}
         self._metric_keys: set[str] = set()
         self._params: set[str] = set()
@@ -281,7 +282,7 @@ class MlflowView:
 
     def _remember(self) -> None:
         memory = read_memory(self.run_folder)
-        memory[self.tracking_uri] = self._memory
+        memory[without_keys(self.tracking_uri)] = self._memory
         content = json.dumps(memory, indent=1).encode()
         storage.write_bytes(storage.join(self.run_folder, "mlflow.json"), content)
 
@@ -328,7 +329,7 @@ def reason(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return without_keys(f"{type(error).__name__}: {error}".splitlines()[0])[:200]
 
 
 def _batches(events: Sequence[Event], size: int) -> Iterator[Sequence[Event]]:
@@ -355,7 +356,7 @@ def _name_model(path: str, model: Any, run_id: str) -> None:
 
 
 def read_memory(run_folder: str) -> dict[str, dict[str, Any]]:
-    """What `<run>/mlflow.json` remembers, by tracking URI: the run's id there and the artifacts sent."""
+    """What `<run>/mlflow.json` remembers, by tracking URI without user and password: the run's id and the artifacts."""
     path = storage.join(run_folder, "mlflow.json")
     if not storage.exists(path):
         return {}
@@ -365,7 +366,7 @@ def read_memory(run_folder: str) -> dict[str, dict[str, Any]]:
         # Only a short cut: the run is found again by its tag.
         return {}
     return {
-        uri: {"run_id": known["run_id"], "experiment_id": known["experiment_id"], "artifacts": known["artifacts"]}
+        without_keys(uri): {name: known[name] for name in ("run_id", "experiment_id", "artifacts")}
         for uri, known in found.items()
         if isinstance(known, dict)
         and isinstance(known.get("run_id"), str)

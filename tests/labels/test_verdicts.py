@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from paml.labels import NEGATIVE, POSITIVE, LabelError, LabelTable, table_from_triples
 from paml.labels.__main__ import main
-from paml.labels.verdicts import apply_verdicts, defused, restored
+from paml.labels.verdicts import apply_verdicts
+from paml.spreadsheet import defused, restored
 
 KEYS = [f"{number:016x}" for number in range(4)]
 MIDS = ["/m/a", "/m/b", "/m/c"]
