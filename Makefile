@@ -2,7 +2,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak ui setup clean distclean lock
+.PHONY: help demo test check fuzz soak ui setup clean distclean lock
 
 # The first of these that is Python 3.11 or newer and can make a virtual environment is taken.
 PYTHON ?=
@@ -11,6 +11,8 @@ PYTHONS := $(PYTHON) python3.11 python3.12 python3.13 python3 python
 PORT ?= 5000
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+N ?= 100000
+SEED ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,6 +37,10 @@ check: $(STAMP) ## check the format, the style and the types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
+
+fuzz: $(STAMP) ## give N=100000 random files and records to all parsers (SEED=0); a second call goes on
+	@mkdir -p runs
+	$(BIN)/python -m tests.security.fuzz --count $(N) --seed $(SEED) --state runs/fuzz-$(SEED).json
 
 soak: $(STAMP) ## run the long tests (about an hour)
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)

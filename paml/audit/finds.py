@@ -1,6 +1,5 @@
 """The finds as a table: Parquet with all that is known of each, CSV in the form of Open Images."""
 
-import csv
 import dataclasses
 import io
 import json
@@ -11,7 +10,7 @@ import numpy as np
 from paml import storage
 from paml.labels.build import HEADER
 from paml.labels.states import NEGATIVE, POSITIVE, UNOBSERVED
-from paml.spreadsheet import defused
+from paml.spreadsheet import ReportWriter
 
 SCHEMA_VERSION = 1
 UNOBSERVED_POSITIVE = "unobserved-positive"
@@ -106,8 +105,8 @@ def write_csv(finds: Finds, keys: list[str], mids: list[str], path: str) -> None
     Fields that a spreadsheet would run get an apostrophe in front (see paml.spreadsheet).
     """
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    writer = ReportWriter(text)
     writer.writerow(HEADER)
     for key, mid, probability in zip(keys, mids, finds.probability.tolist(), strict=True):
-        writer.writerow((defused(key), "machine", defused(mid), f"{probability:.6f}"))
+        writer.writerow((key, "machine", mid, f"{probability:.6f}"))
     storage.write_bytes(path, text.getvalue().encode())

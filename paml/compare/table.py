@@ -3,7 +3,6 @@
 Figures are fractions until they are printed, in percent.
 """
 
-import csv
 import dataclasses
 import io
 import math
@@ -19,7 +18,7 @@ from paml.compare.settings import CompareSettings
 from paml.errors import DataError
 from paml.metrics import MetricSettings, read_pairs
 from paml.metrics.scores import NUM_GROUPS
-from paml.spreadsheet import defused_row
+from paml.spreadsheet import ReportWriter
 from paml.tracking.journal import END_STATUSES, Event, read_journal
 from paml.training.data import open_split
 from paml.training.loop import Result, pairs_path, run_folder_of
@@ -260,12 +259,11 @@ def as_csv(lines: Sequence[Line]) -> str:
     """Every figure of every row, as fractions of full precision; empty where there is none."""
     names = [field.name for field in dataclasses.fields(Line) if field.name != "groups"]
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = ReportWriter(out)
     writer.writerow([*names, *GROUPS])
     for line in lines:
         values = [getattr(line, name) for name in names] + [line.groups.get(group, NAN) for group in GROUPS]
-        known = ["" if isinstance(value, float) and math.isnan(value) else value for value in values]
-        writer.writerow(defused_row(known))
+        writer.writerow(["" if isinstance(value, float) and math.isnan(value) else value for value in values])
     return out.getvalue()
 
 

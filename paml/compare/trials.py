@@ -4,7 +4,6 @@ A sweep's folder holds one small file a trial, written whole or not at all and b
 checkpoints it is all that a sweep needs to go on after any kill.
 """
 
-import csv
 import dataclasses
 import io
 import itertools
@@ -22,7 +21,7 @@ from paml.compare.settings import SweepSettings
 from paml.compare.space import Axis, Known, grid_points, optuna_point, random_points
 from paml.errors import SettingsError
 from paml.reading import read_facts, reading
-from paml.spreadsheet import defused_row
+from paml.spreadsheet import ReportWriter
 
 SCHEMA_VERSION = 1
 NAN = math.nan
@@ -243,14 +242,14 @@ def as_text(sweep: Sweep, trials: Iterable[Trial]) -> str:
 def as_csv(sweep: Sweep, trials: Iterable[Trial]) -> str:
     """The same for programs; validation mAP is a fraction, `scores` those of all epochs."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = ReportWriter(out)
     names = [axis.name for axis in sweep.axes]
     writer.writerow(["trial", "val_map", "epoch", "epochs", "state", "seconds", *names, "scores", "error"])
     for trial in ranked(trials):
         cells = [trial.number, trial.score if trial.scores else "", trial.epoch or "", len(trial.scores), trial.state]
         values = [json.dumps(value) if isinstance(value, list) else value for value in (trial.point[n] for n in names)]
         scores = " ".join(f"{score:.6f}" for score in trial.scores)
-        writer.writerow(defused_row([*cells, round(trial.seconds, 1), *values, scores, trial.error or ""]))
+        writer.writerow([*cells, round(trial.seconds, 1), *values, scores, trial.error or ""])
     return out.getvalue()
 
 

@@ -1,6 +1,5 @@
 """What the analysis of maps ends in: one row a label in Parquet, a summary, and two figures."""
 
-import csv
 import dataclasses
 import io
 import json
@@ -13,7 +12,7 @@ from paml import storage
 from paml.explain.figures import CONTROL, Series, colour, draw_boxes, draw_distributions
 from paml.explain.measures import CONVENTION
 from paml.labels.states import NEGATIVE, POSITIVE
-from paml.spreadsheet import defused_row
+from paml.spreadsheet import ReportWriter
 from paml.training.data import Split
 
 SCHEMA_VERSION = 1
@@ -151,9 +150,9 @@ def summary(measured: Measured) -> list[dict[str, Any]]:
 def summary_csv(rows: Sequence[dict[str, Any]]) -> bytes:
     """The rows of `summary` as CSV, figures in full."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: defused_row([value])[0] for name, value in row.items()} for row in rows)
+    writer = ReportWriter(out)
+    writer.writerow(rows[0])
+    writer.writerows([row[name] for name in rows[0]] for row in rows)
     return out.getvalue().encode()
 
 

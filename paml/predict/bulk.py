@@ -5,7 +5,6 @@ scores/<part>.parquet, and once all parts are done rejects.csv (key, reason) wit
 """
 
 import contextlib
-import csv
 import dataclasses
 import functools
 import io
@@ -34,7 +33,7 @@ from paml.shards.write import PartsFailed
 from paml.sources.fetch import read_object
 from paml.sources.folder import KeyRule, folder_parts
 from paml.sources.parts import Part, Payload, mark_of
-from paml.spreadsheet import defused
+from paml.spreadsheet import ReportWriter
 from paml.training.allocator import keep_memory
 
 SCHEMA_VERSION = 1
@@ -421,12 +420,12 @@ def _claim(out: str, about: dict[str, Any], predictor: Predictor) -> None:
         )
     thresholds = None if predictor.calibration is None else predictor.calibration.threshold
     lines = io.StringIO()
-    writer = csv.writer(lines, lineterminator="\n")
+    writer = ReportWriter(lines)
     writer.writerow(("class_index", "mid", "name", "threshold"))
     for index, (mid, name) in enumerate(zip(predictor.facts.classes, predictor.facts.names, strict=True)):
         known = thresholds is not None and np.isfinite(thresholds[index])
         shown = f"{thresholds[index]:.6g}" if known else ""  # pyright: ignore
-        writer.writerow((index, defused(mid), defused(name), shown))
+        writer.writerow((index, mid, name, shown))
     storage.write_bytes(storage.join(out, "classes.csv"), lines.getvalue().encode())
 
 

@@ -5,7 +5,6 @@ shard, and within a shard as in the tar. A seal over the file's own bytes is che
 wrong key there would give an image the labels of another.
 """
 
-import csv
 import dataclasses
 import hashlib
 import io
@@ -22,7 +21,7 @@ from paml import storage
 from paml.errors import DataError
 from paml.reading import MISSHAPEN, inside, parse_json, parse_object
 from paml.seal import UNSEALED, BrokenSeal, check_seal, file_mark, seal_file
-from paml.spreadsheet import defused_row
+from paml.spreadsheet import ReportWriter
 
 MANIFEST_NAME = "manifest.arrow"
 SCHEMA_VERSION = 1
@@ -285,7 +284,7 @@ def write_manifest(
 def rejects_csv(rejects: Sequence[tuple[str, str]]) -> bytes:
     """Rows of (key, reason) as CSV with a header line, sorted by key, for people: see `paml.spreadsheet`."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = ReportWriter(out)
     writer.writerow(("key", "reason"))
-    writer.writerows(map(defused_row, sorted(rejects)))
+    writer.writerows(sorted(rejects))
     return out.getvalue().encode("utf-8", "backslashreplace")

@@ -8,7 +8,6 @@ machine, since the pieces lie beside the shards, which need their own size once 
 """
 
 import contextlib
-import csv
 import dataclasses
 import fcntl
 import io
@@ -33,7 +32,7 @@ from paml.shards.settings import ShardSettings
 from paml.shards.spill import KeySet, Piece, key_digest, piece_stem, read_pieces, writing
 from paml.shards.tasks import Failure, LocalTasks, Tasks
 from paml.sources.parts import Part, Payload
-from paml.spreadsheet import defused_row
+from paml.spreadsheet import ReportWriter
 from paml.storage import StorageError
 
 REJECTS_NAME = "rejects.csv"
@@ -460,9 +459,9 @@ def _write_rejects(path: str, rejects: dict[str, str], missing: pa.Array) -> Non
     with storage.replacing(path) as temporary, writing(path), open(temporary, "wb") as file:
         for start in range(0, max(len(order), 1), 1 << 16):
             text = io.StringIO()
-            rows = csv.writer(text, lineterminator="\n")
+            rows = ReportWriter(text)
             if start == 0:
                 rows.writerow(("key", "reason"))
             for key in keys.take(pa.array(order[start : start + (1 << 16)])).to_pylist():
-                rows.writerow(defused_row((key, rejects.get(key, "wanted, but in no source"))))
+                rows.writerow((key, rejects.get(key, "wanted, but in no source")))
             file.write(text.getvalue().encode("utf-8", "backslashreplace"))

@@ -1,8 +1,8 @@
 """Random files and records for every parser: `make fuzz N=1000000`, or `python -m tests.security.fuzz --help`.
 
-An input is one file or one record that is given to a parser. Input number i of a parser depends on the seed, the parser
-and i alone, so that a count can be gone on with (`--state`) and a finding made again. Each thousand or so of inputs runs
-in a process of its own, with a bound on memory and time, so that a crash of native code is a finding like any other.
+An input is one file or one record that is given to a parser. Input number i of a parser depends on the seed, the
+parser and i alone, so that a count can be gone on with (`--state`) and a finding made again. Each thousand or so of
+inputs runs in a process of its own, with a bound on memory and time, so that a crash of native code is a finding, too.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SECONDS = 10.0
-"""An input (or a file of records) may take so long."""
+"""An input (or a file of records) may take so much of the processor; a chunk that waits is ended by its parent."""
 MEMORY_BYTES = 3 << 30
 """Over and above what a process has when it begins."""
 CHUNK = 2048
@@ -62,7 +62,7 @@ def run_chunk(target: str, seed: int, start: int, count: int, folder: Path) -> d
         inputs = [input_of(target, seed, number) for number in range(first, min(first + batch, start + count))]
         distinct.update(hashlib.blake2b(data, digest_size=8).digest() for data in inputs)
         (folder / "now").write_text(str(first))
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             good, bad = feed(inputs, folder)
             results, refused = results + good, refused + bad
@@ -76,7 +76,7 @@ def run_chunk(target: str, seed: int, start: int, count: int, folder: Path) -> d
             at = f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else f"{place.filename}:{place.lineno}"
             findings.append(Finding(target, first, f"{type(error).__name__} at {at}: {str(error)[:160]}"))
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
     return {"results": results, "refused": refused, "findings": findings, "distinct": distinct}
 
 
@@ -90,7 +90,7 @@ def _child(line: Any, target: str, seed: int, start: int, count: int, folder: Pa
     def ring(number: int, frame: object) -> None:
         raise Hang
 
-    signal.signal(signal.SIGALRM, ring)
+    signal.signal(signal.SIGPROF, ring)
     line.send(run_chunk(target, seed, start, count, folder))
 
 
@@ -111,7 +111,7 @@ def chunk_apart(target: str, seed: int, start: int, count: int) -> dict[str, Any
     process.start()
     theirs.close()
     try:
-        if ours.poll(60 + 2 * SECONDS + 0.3 * count):
+        if ours.poll(600):
             return ours.recv()
         raise EOFError("it hangs in native code")
     except EOFError as error:

@@ -37,7 +37,7 @@ ODD_VALUES: tuple[Any, ...] = (
 
 
 def changed(rng: random.Random, data: bytes, others: Sequence[bytes] = (), most: int = 6) -> bytes:
-    """`data` after one to `most` changes: bits, bytes, numbers, tokens, pieces left out, doubled, moved, or of others."""
+    """`data` after one to `most` changes: bits, bytes, numbers, tokens; pieces left out, doubled, moved, of others."""
     text = bytearray(data)
     for _ in range(rng.randint(1, most)):
         size = len(text)

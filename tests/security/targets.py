@@ -69,7 +69,7 @@ class Target(NamedTuple):
     feed: Callable[[list[bytes], Path], tuple[int, int]]
     batch: int = 1
     share: int = 1
-    """Of all inputs, in thousandths."""
+    """Inputs of 1.1 million."""
 
 
 def one(read: Callable[[bytes, Path], Any]) -> Callable[[list[bytes], Path], tuple[int, int]]:
@@ -212,15 +212,15 @@ def index(data: bytes, folder: Path) -> None:
 RECORDS = tuple(f"{KEYS[number % 40]},verification,{MIDS[number % 12]},{number % 2}".encode() for number in range(60))
 
 
-def make_record(rng: random.Random) -> bytes:
-    """A line of an annotation file, mostly changed; the odd one stays as it is."""
+def make_record(rng: random.Random, as_it_is: float = 0.2) -> bytes:
+    """A line of an annotation file, changed but for a share of them."""
     line = b"%s,%s,%s,%s" % (
         rng.choice(KEYS).encode() if rng.random() < 0.6 else b"%016x" % rng.getrandbits(64),
         rng.choice((b"verification", b"crowd", b"machine", b"")),
         rng.choice(MIDS).encode(),
         rng.choice((b"0", b"1", b"1.0", b"0.5", b"")),
     )
-    return as_line(changed(rng, line, RECORDS, 2)) if rng.random() < 0.8 else line
+    return as_line(changed(rng, line, RECORDS, 2)) if rng.random() > as_it_is else line
 
 
 def as_line(data: bytes) -> bytes:
@@ -242,7 +242,8 @@ def feed_annotations(inputs: list[bytes], folder: Path) -> tuple[int, int]:
     return kept, len(inputs) - kept
 
 
-ANNOTATION_FILES = tuple(",".join(HEADER).encode() + end + end.join(RECORDS[:9]) + end for end in (b"\n", b"\r\n")) + (
+ANNOTATION_FILES = (
+    *(",".join(HEADER).encode() + end + end.join(RECORDS[:9]) + end for end in (b"\n", b"\r\n")),
     b"\xef\xbb\xbf"
     + ",".join(HEADER).encode()
     + b"\n"
@@ -275,11 +276,11 @@ def feed_verdicts(inputs: list[bytes], folder: Path) -> tuple[int, int]:
 
 def make_own(rng: random.Random) -> bytes:
     line = b"%s,%s,%s" % (
-        rng.choice(KEYS).encode(),
+        b"%016x" % rng.getrandbits(64),
         rng.choice(MIDS).encode(),
         rng.choice((b"0", b"1", b"positive", b"Negative", b"maybe", b"")),
     )
-    return as_line(changed(rng, line, RECORDS, 2)) if rng.random() < 0.8 else line
+    return as_line(changed(rng, line, RECORDS, 3)) if rng.random() < 0.98 else line
 
 
 def feed_own(inputs: list[bytes], folder: Path) -> tuple[int, int]:
@@ -590,8 +591,10 @@ def _pairs(folder: Path) -> Path:
 pairs_bytes = seeds_in(_pairs)
 _SETTING_NAMES = tuple(flatten(TrainSettings()))
 _SETTING_VALUES = (
-    "null", "true", "1", "-1", "1e-3", "[1, 2]", "{a: 1}", "!!python/object/apply:os.system ['true']", "&a [*a]", "~", "an",
-    "ll-r", "runs/x", "s3://b/k", "{class_path: os.system, init_args: {command: 'true'}}", "@x", "2026-01-01", "0x10", "1_000",
+    "null", "true", "1", "-1", "1e-3", "[1, 2]", "{a: 1}", "!!python/object/apply:os.system ['true']", "&a [*a]", "~",
+    "an",
+    "ll-r", "runs/x", "s3://b/k", "{class_path: os.system, init_args: {command: 'true'}}", "@x", "2026-01-01",
+    "0x10", "1_000",
 )  # fmt: skip
 
 
@@ -610,7 +613,10 @@ COCO = {
     "annotations": [{"id": n, "image_id": n, "category_id": 1 + n % 2} for n in range(4)],
     "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
 }
-XML = b"<annotation><object><name>cat</name><difficult>0</difficult></object><object><name>dog</name></object></annotation>"
+XML = (
+    b"<annotation><object><name>cat</name><difficult>0</difficult></object>"
+    b"<object><name>dog</name></object></annotation>"
+)
 
 
 def read_coco(data: bytes, folder: Path) -> None:
@@ -657,33 +663,37 @@ def lazily(seeds: Callable[[], Sequence[bytes]]) -> Callable[[random.Random], by
 
 
 TARGETS: dict[str, Target] = {
-    "annotation CSV, rows": Target(make_record, feed_annotations, 4096, 430),
-    "annotation CSV, files": Target(lazily(lambda: ANNOTATION_FILES), one(annotation_file), 1, 2),
-    "verdict CSV, rows": Target(make_record, feed_verdicts, 2048, 150),
-    "own labels, CSV rows": Target(make_own, feed_own, 2048, 130),
+    "annotation CSV, rows": Target(make_record, feed_annotations, 4096, 430000),
+    "annotation CSV, files": Target(lazily(lambda: ANNOTATION_FILES), one(annotation_file), 1, 200),
+    "verdict CSV, rows": Target(lambda rng: make_record(rng, 0.02), feed_verdicts, 2048, 300000),
+    "own labels, CSV rows": Target(make_own, feed_own, 2048, 255000),
     "own labels, Parquet files": Target(
-        lazily(own_parquets), in_file(lambda p: own_labels(p, p + ".out", settings=ONE_THREAD), "own.parquet"), 1, 2
+        lazily(own_parquets), in_file(lambda p: own_labels(p, p + ".out", settings=ONE_THREAD), "own.parquet"), 1, 500
     ),
-    "class lists": Target(lazily(lambda: CLASS_FILES), in_file(read_class_file, "classes.csv"), 1, 60),
-    "tar archives": Target(make_tar, one(read_tar), 1, 40),
-    "tar archives, indexed": Target(make_tar, one(index), 1, 2),
-    "manifests": Target(make_sealed(manifest_bytes), one(read_manifest), 1, 15),
-    "label tables": Target(make_sealed(table_bytes, text_table_bytes), in_file(read_table, "t.arrow"), 1, 20),
-    "checkpoints": Target(make_checkpoint, one(read_planted_checkpoint), 1, 20),
-    "weights files": Target(lazily(torch_files), in_file(lambda path: load_partial(_network(), path), "w.pth"), 1, 5),
-    "journal segments": Target(make_segment, one(read_segment), 1, 50),
-    "pictures": Target(make_picture, one(read_picture), 1, 20),
-    "run and model JSON": Target(make_json, one(read_json), 1, 25),
-    "writer's pieces": Target(make_piece, in_file(read_planted_piece, "x.piece"), 1, 10),
-    "pairs, Parquet": Target(lazily(lambda: [pairs_bytes()]), in_file(read_pairs, "p.parquet"), 1, 4),
-    "priors, CSV": Target(lazily(lambda: [_prior("p.csv")()]), in_file(lambda p: read_prior(p, MIDS), "p.csv"), 1, 5),
+    "class lists": Target(lazily(lambda: CLASS_FILES), in_file(read_class_file, "classes.csv"), 1, 40000),
+    "tar archives": Target(make_tar, one(read_tar), 1, 12000),
+    "tar archives, indexed": Target(make_tar, one(index), 1, 300),
+    "manifests": Target(make_sealed(manifest_bytes), one(read_manifest), 1, 4000),
+    "label tables": Target(make_sealed(table_bytes, text_table_bytes), in_file(read_table, "t.arrow"), 1, 5000),
+    "checkpoints": Target(make_checkpoint, one(read_planted_checkpoint), 1, 5000),
+    "weights files": Target(
+        lazily(torch_files), in_file(lambda path: load_partial(_network(), path), "w.pth"), 1, 2000
+    ),
+    "journal segments": Target(make_segment, one(read_segment), 1, 20000),
+    "pictures": Target(make_picture, one(read_picture), 1, 6000),
+    "run and model JSON": Target(make_json, one(read_json), 1, 6000),
+    "writer's pieces": Target(make_piece, in_file(read_planted_piece, "x.piece"), 1, 5000),
+    "pairs, Parquet": Target(lazily(lambda: [pairs_bytes()]), in_file(read_pairs, "p.parquet"), 1, 2000),
+    "priors, CSV": Target(
+        lazily(lambda: [_prior("p.csv")()]), in_file(lambda p: read_prior(p, MIDS), "p.csv"), 1, 2000
+    ),
     "priors, Parquet": Target(
-        lazily(lambda: [_prior("p.parquet")()]), in_file(lambda p: read_prior(p, MIDS), "p.parquet"), 1, 3
+        lazily(lambda: [_prior("p.parquet")()]), in_file(lambda p: read_prior(p, MIDS), "p.parquet"), 1, 1000
     ),
-    "boxes, CSV": Target(lazily(lambda: [BOXES]), in_file(lambda p: read_boxes(p, KEYS, MIDS), "b.csv"), 1, 4),
-    "COCO JSON": Target(lambda rng: json_bytes(rng, COCO), one(read_coco), 1, 1),
-    "VOC XML": Target(lazily(lambda: [XML]), one(read_voc), 1, 1),
-    "settings": Target(make_setting, one(read_setting), 1, 1),
+    "boxes, CSV": Target(lazily(lambda: [BOXES]), in_file(lambda p: read_boxes(p, KEYS, MIDS), "b.csv"), 1, 3000),
+    "COCO JSON": Target(lambda rng: json_bytes(rng, COCO), one(read_coco), 1, 300),
+    "VOC XML": Target(lazily(lambda: [XML]), one(read_voc), 1, 300),
+    "settings": Target(make_setting, one(read_setting), 1, 100),
 }
 """By name, in the order of the table. The shares say how a count is dealt out: by what a call costs."""
 
