@@ -84,7 +84,7 @@ def load_partial(network: nn.Module, path: str, needed: set[str] | None = None) 
         raise SettingsError(f"model.weights: {path} cannot be read: {error}") from error
     except Exception as error:  # what a foreign file raises depends on how far it looks like one of weights
         raise SettingsError(
-            f"model.weights: {path} holds no weights: {str(error).splitlines()[0]}. Give a .safetensors file or a "
+            f"model.weights: {path} holds no weights: {(str(error).splitlines() or [type(error).__name__])[0]}. Give a .safetensors file or a "
             "state dict saved by torch.save"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

@@ -155,6 +155,15 @@ def _name_within(out: str, path: str) -> str:
     return os.path.relpath(path, root) if os.path.commonpath([root, path]) == root else path
 
 
+def _key_fault(key: str) -> str | None:
+    """Why no manifest can hold a key; None where it can."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return "the name is not valid UTF-8: rename the member"
+    return None
+
+
 def _index_tar(path: str) -> tuple[list[_Row], tuple[str, int], list[tuple[str, str]]]:
     """(images, SHA-256 and size, rejects) of one tar file."""
     rows: list[_Row] = []
@@ -170,6 +179,9 @@ def _index_tar(path: str) -> tuple[list[_Row], tuple[str, int], list[tuple[str, 
                 if match is None or re.match(r"__[^/]*__($|/)", member.name):
                     continue
                 key, extension = match[1], match[2].lower()
+                if fault := _key_fault(key):
+                    rejects.append((key, f"{fault} (in {path})"))
+                    continue
                 keys[key] = None
                 if extension not in IMAGE_EXTENSIONS:
                     continue

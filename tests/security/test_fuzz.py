@@ -1,12 +1,15 @@
 """Random files and records: every parser ends in a result or a documented error, within a bound on time."""
 
+import io
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
+from paml.shards.index import index_shards
 from tests.security import fuzz
-from tests.security.targets import DOCUMENTED, TARGETS, folder_for
+from tests.security.targets import DOCUMENTED, TARGETS, folder_for, pictures
 
 FOUND: dict[str, list[bytes]] = {
     # what broke first, and was mended
@@ -28,6 +31,28 @@ FOUND: dict[str, list[bytes]] = {
     "pairs, Parquet": [b"PAR1", b"x" * 99 + b"PAR1"],
     "settings": [b"seed=!!python/object/apply:os.system ['true']", b"data.root=s3://a:b@c/d", b"run={class_path: x}"],
 }  # fmt: skip
+
+
+AGAIN = [("tar archives, indexed", 1, n) for n in (22, 45, 53, 201, 263)] + [
+    ("weights files", 1, n) for n in (545, 902, 1239, 1289, 1776)
+]
+"""Inputs that were findings, by parser, seed and number: names that are not UTF-8, an error without words."""
+
+
+@pytest.mark.parametrize(("target", "seed", "number"), AGAIN)
+def test_inputs_that_were_findings_are_none_any_more(target: str, seed: int, number: int, tmp_path: Path) -> None:
+    assert fuzz.run_chunk(target, seed, number, 1, folder_for(target, str(tmp_path)))["findings"] == []
+
+
+def test_a_member_whose_name_is_not_utf8_is_rejected_and_the_rest_is_indexed(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("\udc80.jpg", "good.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = len(pictures()[0])
+            tar.addfile(info, io.BytesIO(pictures()[0]))
+    manifest = index_shards(tmp_path / "x.tar", tmp_path / "out", workers=1)
+    assert manifest.keys().to_pylist() == ["good"]
+    assert "not valid UTF-8" in (tmp_path / "out" / "rejects.csv").read_text()
 
 
 @pytest.mark.parametrize("target", FOUND)
