@@ -83,8 +83,9 @@ def load_partial(network: nn.Module, path: str, needed: set[str] | None = None) 
     except (StorageError, OSError) as error:
         raise SettingsError(f"model.weights: {path} cannot be read: {error}") from error
     except Exception as error:  # what a foreign file raises depends on how far it looks like one of weights
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise SettingsError(
-            f"model.weights: {path} holds no weights: {(str(error).splitlines() or [type(error).__name__])[0]}. Give a .safetensors file or a "
+            f"model.weights: {path} holds no weights: {said}. Give a .safetensors file or a "
             "state dict saved by torch.save"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
