@@ -1,10 +1,10 @@
 """The pictures of the README's "Review in MLflow", from the demo's scenes of handwritten digits alone.
 
-    python -m benchmarks.screenshots            # 10 to 20 minutes on 2 cores; needs Chromium
+    python -m benchmarks.screenshots            # about 20 minutes on 2 cores; needs Chromium
     python -m benchmarks.screenshots --shoot    # what was trained before is shown again
 
 Trains a run, a small sweep and an audit below --work, brings up MLflow over them, and writes
-benchmarks/pages/{run,charts,rejected,sweep,trials,audit}.png of at most 200 KB.
+benchmarks/pages/{run,rejected,sweep,settings,audit,charts,trials}.png of at most 200 KB.
 """
 
 import argparse
@@ -111,20 +111,22 @@ def shoot(work: Path, server: MlflowServer) -> None:
     """One picture after the other."""
     run, tried = (address(server, work / "runs" / name) for name in ("digits", "tried/sweep"))
     trials = f"{tried.rpartition('/runs/')[0]}/runs?compareRunsMode=CHART"
-    with browser_of(server, 1060) as browser:
-        browser.visit(run, "Repeat:", "Finished")
+    with browser_of(server, 1000) as browser:
+        browser.visit(run, "Repeat:", "labels rejected", "Finished")
         picture(browser, "run")
-        browser.visit(tried, "Best:", "Finished")
-        picture(browser, "sweep")
-    with browser_of(server, 1300) as browser:
-        browser.visit(f"{run}/model-metrics", "rejection (", "digits (rejection/rejected)")
-        picture(browser, "charts")
         browser.visit(f"{run}/artifacts/rejected_labels.html", "rejected_labels.html")
         picture(browser, "rejected")
-        browser.visit(trials, "sweep-0001", "val/map")
-        picture(browser, "trials")
+        browser.visit(tried, "Best:", "Finished")
+        picture(browser, "sweep")
+        browser.visit(f"{tried}/artifacts/figures/score_by_setting.png", "parallel_coordinates.png")
+        browser.until("[...document.images].some(one => one.naturalWidth > 300)", "the picture")
+        picture(browser, "settings")
         browser.open(work / "audit" / "page.html")
         picture(browser, "audit")
+        browser.visit(f"{run}/model-metrics", "rejection (", "digits (rejection/rejected)")
+        picture(browser, "charts")
+        browser.visit(trials, "sweep-0001", "val/map")
+        picture(browser, "trials")
 
 
 @contextlib.contextmanager

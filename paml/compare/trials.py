@@ -26,7 +26,8 @@ from paml.spreadsheet import ReportWriter
 SCHEMA_VERSION = 1
 NAN = math.nan
 _IN_NOTE = 20
-_STATES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "under way"}
+STATES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "under way"}
+"""How a trial may stand, and what a sentence calls it."""
 MAY_DIFFER = ("trials", "at_once", "cpus_per_run", "max_failures", "address", "mlflow", "plan", "storage", "experiment")
 """Settings that a sweep which goes on may change."""
 
@@ -279,7 +280,7 @@ def best_recipe(sweep: Sweep, best: Trial, trials: Sequence[Trial], path: str) -
 def counted(trials: Iterable[Trial]) -> dict[str, int]:
     """State -> how many, those of none left out."""
     states = [trial.state for trial in trials]
-    return {state: states.count(state) for state in ("finished", "stopped", "failed", "running") if state in states}
+    return {state: states.count(state) for state in STATES if state in states}
 
 
 def as_note(sweep: Sweep, trials: Iterable[Trial], command: str, recipe: str | None) -> str:
@@ -290,7 +291,7 @@ def as_note(sweep: Sweep, trials: Iterable[Trial], command: str, recipe: str | N
     """
     settings, trials = sweep.settings, list(trials)
     best, failed = best_trial(trials), [trial for trial in trials if trial.state == "failed"]
-    counts = ", ".join(f"{count} {_STATES[state]}" for state, count in counted(trials).items())
+    counts = ", ".join(f"{count} {STATES[state]}" for state, count in counted(trials).items())
     parts = ["No trial has a score yet." if best is None else f"**Best: validation mAP {_said_best(sweep, best)}"]
     parts.append(f"**Trials:** {len(trials)} of {settings.count}{': ' if counts else ''}{counts}.")
     if recipe is not None:
@@ -321,7 +322,7 @@ def said_point(point: Mapping[str, Any]) -> str:
 
 def _said_best(sweep: Sweep, best: Trial) -> str:
     point = ", ".join(f"`{name}` {shown(value)}" for name, value in best.point.items())
-    early = "" if best.state == "finished" else f", {_STATES[best.state]}"
+    early = "" if best.state == "finished" else f", {STATES[best.state]}"
     return f"{100 * best.score:.2f}** in epoch {best.epoch} of trial {best.number}{early}, with {point}"
 
 

@@ -27,6 +27,7 @@ from paml.compare.pictures import draw_pictures
 from paml.compare.progress import spoken
 from paml.compare.settings import SweepSettings
 from paml.compare.trials import (
+    STATES,
     Sweep,
     Trial,
     as_csv,
@@ -354,7 +355,8 @@ class _Trials(Searcher):
         self._say(trial)
         best = best_trial(self.trials.values())
         self._journal.note(as_note(self.sweep, self.trials.values(), said_command(), None))
-        figures = {f"trial/{name}": float(count) for name, count in counted(self.trials.values()).items()}
+        counts = counted(self.trials.values())
+        figures = {f"trial/{name}": float(counts.get(name, 0)) for name in STATES}  # a zero takes an old count's place
         self._journal.metrics(figures | ({"best_val_map": best.score} if best else {}), self._ended())
         follower = self._followers.pop(number, None)
         if follower is not None:
