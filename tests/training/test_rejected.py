@@ -85,6 +85,7 @@ def settings_of(prepared: Path, runs: Path, name: str) -> TrainSettings:
         data={"train_truth": "labels/train-full.arrow"},
         checkpoint={"every_steps": 1},
         epochs=3,
+        eval_batch_size=24,  # one batch of which all workers have some: they are stopped after the same step
     )
 
 
@@ -143,7 +144,7 @@ def test_a_run_that_was_killed_keeps_the_same(
 
 def test_two_workers_keep_the_same_after_kills(prepared: Path, tmp_path: Path) -> None:
     whole, broken = (settings_of(prepared, tmp_path, name) for name in ("whole", "broken"))
-    run_on_ranks(unbroken_and_resumed, 2, whole, broken, [4, 3])
+    run_on_ranks(unbroken_and_resumed, 2, whole, broken, [9, 2])  # within the second epoch, twice
     assert files(whole) == files(broken)
     assert sorted(files(whole)) == ["epoch-0002.safetensors", "epoch-0003.safetensors"]
     facts = load(files(whole)["epoch-0003.safetensors"])
