@@ -191,7 +191,7 @@ def _fit(
         run_config=RunConfig(
             name=f"{settings.run.name}-{time.time_ns()}",
             storage_path=ray_storage(run_folder),
-            callbacks=[*callbacks, ControllerProcess(console)],
+            callbacks=[*callbacks, ControllerProcess(console)],  # pyright: ignore[reportArgumentType]
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             worker_runtime_env=environment,
             logging_config=LoggingConfig(log_level="WARNING"),

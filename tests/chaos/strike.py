@@ -350,7 +350,7 @@ class Operator:
                 process.kill()
         elif fault.kind == "out of memory":
             hard = process.rlimit(resource.RLIMIT_AS)[1]
-            process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms + (4 << 20), hard))
+            process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms // 2, hard))  # nothing more is granted
         elif fault.kind == "file size limit":
             hard = process.rlimit(resource.RLIMIT_FSIZE)[1]
             process.rlimit(resource.RLIMIT_FSIZE, (int(1 + 50_000 * fault.draw), hard))
