@@ -242,6 +242,7 @@ class Operator:
             self.struck.append(done)
             self._open.append(done)
             done.missed = not self._strike(fault)
+            done.newest = max(done.newest, training.newest())  # an order is obeyed a step later
             self.say(f"{training.form} {fault.number}: {fault.kind} of {fault.target} at step {done.done}"
                      + (" (missed)" if done.missed else ""))  # fmt: skip
         self._recover()
