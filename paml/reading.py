@@ -69,7 +69,7 @@ def reading(
         if isinstance(fault, LabelError):
             raise
         said = " ".join(str(fault).split())[:300]
-        raise error(f"{path} is damaged or no such file ({type(fault).__name__}: {said}): {mend}") from fault
+        raise error(f"{path} is damaged, or another kind of file ({type(fault).__name__}: {said}): {mend}") from fault
 
 
 def read_facts(path: str, mend: str, error: type[Exception] = DataError) -> dict[str, Any]:

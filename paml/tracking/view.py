@@ -214,13 +214,12 @@ class MlflowView:
         self._remember()
 
     def _push_model(self, event: Event) -> None:
-        from mlflow.entities import LoggedModelOutput
-
         client, digest = self._api, _digest(event.value["files"])
         same_run = f"source_run_id = '{self._run_id}' AND name = '{event.key}'"
         for model in client.search_logged_models([self.experiment_id], filter_string=same_run):
             if model.tags.get("paml.digest") == digest:
                 if model.status == "READY":
+                    self._name_output(model.model_id)
                     return
                 # Left by a push that was cut off.
                 client.delete_logged_model(model.model_id)
@@ -234,8 +233,16 @@ class MlflowView:
             model = client.create_logged_model(self.experiment_id, event.key, self._run_id, tags)
             _name_model(os.path.join(temporary, "MLmodel"), model, self._run_id)
             client.log_model_artifacts(model.model_id, temporary)
-        client.log_outputs(self._run_id, [LoggedModelOutput(model.model_id, step=0)])
         client.finalize_logged_model(model.model_id, "READY")
+        self._name_output(model.model_id)
+
+    def _name_output(self, model_id: str) -> None:
+        """The run's output, once it is whole: an output cannot be taken back where the push is cut off before."""
+        from mlflow.entities import LoggedModelOutput
+
+        outputs = self._api.get_run(self._run_id).outputs
+        if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
+            self._api.log_outputs(self._run_id, [LoggedModelOutput(model_id, step=0)])
 
     def _push_status(self, event: Event) -> None:
         status = event.value

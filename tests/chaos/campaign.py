@@ -64,13 +64,12 @@ def run_campaign(
     data = prepare_scenes(write_scenes(folder / "scenes", train=IMAGES), folder / "data")
     whole: dict[tuple[int, int], Any] = {}
     with small_disk(folder / "disk") as small, Surroundings(folder) as around:
+        possible = {"disk full": small, "clock jump": os.path.exists(FAKETIME)}
+        without = frozenset(kind for kind, can in possible.items() if not can)
+        if without:
+            say(f"left out, for want of a mount or of PAML_FAKETIME: {', '.join(sorted(without))}")
         for form, count in counts.items():
-            faults = draw_schedule(form, count, seed, STEPS_BETWEEN)
-            for kind, possible in (("disk full", small), ("clock jump", os.path.exists(FAKETIME))):
-                left_out = [fault for fault in faults if fault.kind == kind and not possible]
-                faults = [fault for fault in faults if fault not in left_out]
-                if left_out:
-                    say(f"{form}: {len(left_out)} of '{kind}' left out: no mount, or no PAML_FAKETIME, here")
+            faults = draw_schedule(form, count, seed, STEPS_BETWEEN, without)
             epochs = max(2, -(-count * STEPS_BETWEEN // STEPS_AN_EPOCH) + 1)
             campaign.epochs[form] = epochs
             shape = (0 if form == "plain" else 2, epochs)

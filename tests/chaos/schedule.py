@@ -1,6 +1,8 @@
 """Which faults strike, whom and when: drawn from a seed beforehand."""
 
+import bisect
 import dataclasses
+import itertools
 import random
 
 FORMS = ("plain", "ray", "ray-s3")
@@ -71,13 +73,17 @@ class Fault:
     """0 to 1, for what else is to be chosen."""
 
 
-def draw_schedule(form: str, count: int, seed: int, steps_between: int) -> list[Fault]:
-    """`count` faults of a form, by kind as their weights say, spread over `count * steps_between` steps."""
+def draw_schedule(
+    form: str, count: int, seed: int, steps_between: int, without: frozenset[str] = frozenset()
+) -> list[Fault]:
+    """`count` faults of a form, by kind as their weights say, spread over `count * steps_between` steps.
+
+    without: kinds that are not possible here.
+    """
     rng = random.Random(f"{form} {seed}")
-    kinds = [kind for kind in KINDS if form in kind.targets]
+    kinds = [kind for kind in KINDS if form in kind.targets and kind.name not in without]
     faults = []
-    for number in range(count):
-        kind = rng.choices(kinds, [kind.weight for kind in kinds])[0]
+    for number, kind in enumerate(_kinds(kinds, count, rng)):
         instant = rng.choices(("step", "checkpoint", "recovery"), (0.6, 0.25, 0.15 if number else 0))[0]
         if kind.name == "SIGSTOP for ever" and instant == "recovery":
             instant = "step"  # a worker that never starts is given up after six minutes: true, and too long for here
@@ -95,3 +101,12 @@ def draw_schedule(form: str, count: int, seed: int, steps_between: int) -> list[
             )
         )
     return faults
+
+
+def _kinds(kinds: list[Kind], count: int, rng: random.Random) -> list[Kind]:
+    """As often as their weights say, up to one more or less, in random order: few faults are of many kinds too."""
+    ends = list(itertools.accumulate(kind.weight for kind in kinds))
+    shift = rng.random()
+    drawn = [kinds[bisect.bisect_left(ends, (place + shift) * ends[-1] / count)] for place in range(count)]
+    rng.shuffle(drawn)
+    return drawn

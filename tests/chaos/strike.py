@@ -242,6 +242,7 @@ class Operator:
             self.struck.append(done)
             self._open.append(done)
             done.missed = not self._strike(fault)
+            done.newest = max(done.newest, training.newest())  # an order is obeyed a step later
             self.say(f"{training.form} {fault.number}: {fault.kind} of {fault.target} at step {done.done}"
                      + (" (missed)" if done.missed else ""))  # fmt: skip
         self._recover()
@@ -350,7 +351,7 @@ class Operator:
                 process.kill()
         elif fault.kind == "out of memory":
             hard = process.rlimit(resource.RLIMIT_AS)[1]
-            process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms + (4 << 20), hard))
+            process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms // 2, hard))  # nothing more is granted
         elif fault.kind == "file size limit":
             hard = process.rlimit(resource.RLIMIT_FSIZE)[1]
             process.rlimit(resource.RLIMIT_FSIZE, (int(1 + 50_000 * fault.draw), hard))

@@ -75,7 +75,7 @@ def test_a_prior_file_that_is_none_is_refused(tmp_path: Path) -> None:
         build_memory(selective(path), scope())
     for text in ("name,prior\na,0.1\n", "mid,prior\n/m/0,often\n", ""):
         path.write_text(text)
-        with pytest.raises(DataError, match=r"is no CSV or \.parquet file with the columns mid and prior"):
+        with pytest.raises(DataError, match=r"it is to be CSV or \.parquet with the columns mid and prior"):
             build_memory(selective(path), scope())
 
 

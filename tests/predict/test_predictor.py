@@ -150,7 +150,7 @@ def test_what_is_no_model_is_refused(trained: str, tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text("{")
     refused("damaged")
     (tmp_path / "model.json").write_text('{"alpha": 1}')
-    refused("does not describe a model")
+    refused("another kind of file")
     predictor = open_predictor(trained)
     (tmp_path / "model.json").write_text(json.dumps(predictor.facts.to_json()))
     refused("weights.safetensors is missing")

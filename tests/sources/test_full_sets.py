@@ -191,7 +191,7 @@ def test_coco_faults_are_named(coco_tree: Path, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             coco(str(coco_tree), str(tmp_path))
     path.write_text(path.read_text()[:-5])
-    with pytest.raises(DataError, match="is no whole JSON file"):
+    with pytest.raises(DataError, match="is damaged, or another kind of file"):
         coco(str(coco_tree), str(tmp_path))
 
 
