@@ -32,7 +32,13 @@ def leaks(folder: Path, printed: str) -> list[str]:
     return found + [line for line in printed.splitlines() if "PLANTEDKEY" in line]
 
 
-@pytest.mark.parametrize("server", ["away", "sqlite"])
+@pytest.mark.parametrize(
+    "server",
+    [
+        pytest.param("away", marks=pytest.mark.slow),  # a run waits a minute for MLflow before it ends
+        "sqlite",
+    ],
+)
 def test_a_run_stores_and_prints_no_secret(
     server: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
