@@ -24,6 +24,7 @@ class Nodes:
     def __init__(self, count: int) -> None:
         from ray.cluster_utils import Cluster
 
+        self._before = dict(os.environ)
         os.environ.update(QUIET | SOON)
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.environment = environment(RAY_ADDRESS=self._cluster.address)
@@ -66,6 +67,8 @@ class Nodes:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGCONT)
         self._cluster.shutdown()
+        os.environ.clear()
+        os.environ.update(self._before)  # later heads of this process are to have Ray's own patience
 
 
 @contextlib.contextmanager

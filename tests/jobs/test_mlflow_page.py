@@ -64,7 +64,7 @@ def test_page_of_a_run_answers_the_reviewers_questions(browser: Browser, server:
     overview += [f"{at_best['rejection/rejected']:,.0f} labels rejected in that epoch", "recall by the probe"]
     overview += [scores["convention"] for scores in result["test"].values()]
     browser.visit(page, *overview)
-    sections = ("groups (", "rejection (", "test (", "train (", "val (")
+    sections = ("groups(", "rejection(", "test(", "train(", "val(")
     browser.visit(f"{page}/model-metrics", *sections, "seen (rejection/rejected)")  # drawn, without a click
 
     browser.visit(f"{page}/artifacts/figures/rejected_labels.png", "rejected_by_epoch.png", "rejected_labels.html")
