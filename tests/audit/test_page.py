@@ -170,7 +170,7 @@ def test_in_a_browser_keys_answer_and_the_answers_go_round_to_the_label_table(
     browser.downloads_to(tmp_path)
     browser.press("e")
     saved, limit = tmp_path / "annotations-human.csv", time.monotonic() + 30
-    while not saved.exists():
+    while not (saved.exists() and saved.stat().st_size):  # it is made before it is filled
         assert time.monotonic() < limit, "nothing was saved"
         time.sleep(0.1)
     with open(saved, newline="", encoding="utf-8") as file:
