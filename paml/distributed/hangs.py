@@ -90,8 +90,11 @@ class Heartbeat:
 
     def at(self, doing: str, epoch: int, step: int, bounded: bool = True) -> None:
         """The worker begins something. `bounded`: whether it is stalled where that takes too long."""
+        begins_epoch = epoch != self._beat.epoch
         self._beat = dataclasses.replace(self._beat, doing=doing, epoch=epoch, step=step)
         self._moved = time.monotonic() if bounded else None
+        if begins_epoch:  # told at once, so that a stall of the first seconds has its place, too
+            self._console.beat.remote(self._beat)
 
     def end(self) -> None:
         """The worker is done, or has failed."""
