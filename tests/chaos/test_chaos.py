@@ -20,7 +20,7 @@ def test_most_faults_are_the_operating_systems():
         assert sum(fault.system for fault in faults) >= 0.6 * len(faults)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_a_training_under_faults_ends_as_the_unbroken_one(tmp_path: Path):
     campaign = run_campaign(tmp_path, {"plain": 4, "ray-s3": 3}, seed=1, say=lambda line: None)
