@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import struct
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from paml import storage
 from paml.reading import MISSHAPEN, parse_object
+from paml.shards.crc import crc32_of
 from paml.shards.images import EXTENSIONS, Prepared
 from paml.sources.parts import Part
 from paml.storage import StorageError
@@ -83,9 +83,9 @@ def pack(key: str, digest: bytes, source_bytes: int, image: Prepared) -> bytes:
         image.width,
         image.height,
         len(image.data),
-        zlib.crc32(image.data),
+        crc32_of(image.data),
     )
-    checksum = zlib.crc32(name, zlib.crc32(header[8:]))
+    checksum = crc32_of(name, crc32_of(header[8:]))
     return b"".join((header[:4], checksum.to_bytes(4, "little"), header[8:], name, image.data))
 
 
@@ -110,14 +110,14 @@ def read_records(data: memoryview, path: str) -> Iterator[Record]:
         mark, checksum, digest, source_bytes, key_size, extension, width, height, size, crc32 = _RECORD.unpack(header)
         start = at + _RECORD.size + key_size
         name = bytes(data[at + _RECORD.size : start])
-        if mark != _MARK or zlib.crc32(name, zlib.crc32(header[8:])) != checksum:
+        if mark != _MARK or crc32_of(name, crc32_of(header[8:])) != checksum:
             raise DamagedPiece(path, f"the record {at} bytes into its range fails its checksum")
         image = data[start : start + size]
         try:
             key, suffix = name.decode(), EXTENSIONS[extension]
         except (UnicodeDecodeError, IndexError) as error:
             raise DamagedPiece(path, f"the record {at} bytes into its range is none: {error}") from error
-        if len(image) < size or zlib.crc32(image) != crc32:
+        if len(image) < size or crc32_of(image) != crc32:
             raise DamagedPiece(path, f"the image of {key!r} fails its checksum")
         yield Record(digest, source_bytes, key, suffix, width, height, image, crc32)
         at = start + size
@@ -204,7 +204,7 @@ def write_piece(
             "sizes": list(sizes.values()),
         }
     ).encode()
-    head = _HEAD.pack(_HEAD_MARK, len(header), zlib.crc32(header))
+    head = _HEAD.pack(_HEAD_MARK, len(header), crc32_of(header))
     with storage.replacing(path) as temporary, writing(path), open(temporary, "wb", buffering=1 << 20) as file:
         file.write(head)
         file.write(header)
@@ -220,7 +220,7 @@ def read_piece(path: str) -> Piece:
     if mark != _HEAD_MARK or size < _HEAD.size + header_size:
         raise DamagedPiece(path, "its header is cut or changed")
     header = storage.read_range(path, _HEAD.size, header_size) if header_size else b""
-    if zlib.crc32(header) != checksum:
+    if crc32_of(header) != checksum:
         raise DamagedPiece(path, "its header fails its checksum")
     start = _HEAD.size + header_size
     try:
