@@ -26,6 +26,8 @@ class Console:
         self._lines: list[str] = []
         self._bar: tuple[str, int, int] | None = None
         self._fatal: str | None = None
+        self._leave: str | None = None
+        self._left = False
         self._beats: dict[int, tuple[Beat, float]] = {}
         self._attempt = Attempt()
 
@@ -46,9 +48,22 @@ class Console:
         lines, self._lines = self._lines, []
         return lines, self._bar
 
-    def beat(self, beat: Beat) -> None:
-        """Where a worker stands."""
+    def beat(self, beat: Beat) -> bool:
+        """Where a worker stands; returns whether it is to leave."""
         self._beats[beat.rank] = beat, time.monotonic()
+        return self._leave is not None
+
+    def leave(self, reason: str) -> None:
+        """The workers are to leave a checkpoint and go."""
+        self._leave = reason
+
+    def left(self) -> None:
+        """They have done so."""
+        self._left = True
+
+    def why_left(self) -> str | None:
+        """The reason, where they have."""
+        return self._leave if self._left else None
 
     def worker(self, worker: ActorHandle, place: PlacementGroup | None) -> None:
         """A worker has started, in the place that Ray has given to all of them."""

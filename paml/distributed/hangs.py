@@ -37,6 +37,8 @@ class Beat:
     rank: int
     node: str
     pid: int
+    node_id: str = ""
+    """Ray's name of the node."""
     doing: str = "starting"
     epoch: int = 0
     step: int = 0
@@ -80,12 +82,16 @@ class Heartbeat:
     def __init__(self, console: ActorHandle, rank: int, every_seconds: float) -> None:
         self._console, self._every = console, every_seconds
         self._beat = Beat(rank=rank, node=platform.node(), pid=os.getpid())
+        self.leave = False
+        """Whether the driver has asked the workers to leave a checkpoint and go."""
         self._moved: float | None = time.monotonic()
         self._watched = threading.get_ident()
         self._over = threading.Event()
-        self._console.beat.remote(self._beat)
         if ray.is_initialized():  # else asking would start one
-            self._console.worker.remote(ray.get_runtime_context().current_actor, get_current_placement_group())
+            context = ray.get_runtime_context()
+            self._beat = dataclasses.replace(self._beat, node_id=context.get_node_id())
+            self._console.worker.remote(context.current_actor, get_current_placement_group())
+        self._console.beat.remote(self._beat)
         threading.Thread(target=self._tell, name="heartbeat", daemon=True).start()
 
     def at(self, doing: str, epoch: int, step: int, bounded: bool = True) -> None:
@@ -111,7 +117,9 @@ class Heartbeat:
                 where, waits = _standing(sys._current_frames().get(self._watched))
                 beat = dataclasses.replace(beat, where=where, waits=waits)
             if not self._over.is_set():
-                self._console.beat.remote(beat)
+                answer = self._console.beat.remote(beat)
+                with contextlib.suppress(RayError):
+                    self.leave = bool(ray.get(answer, timeout=self._every)) or self.leave
 
 
 def _standing(frame: FrameType | None) -> tuple[str, bool]:
@@ -182,6 +190,8 @@ class Watch:
         self._begun = time.monotonic()
         self._heard: float | None = None
         self._attempt = Attempt()
+        self.nodes: set[str] = set()
+        """Ray's names of the nodes that the workers are on, as of the last look, once all have begun."""
         self.every_seconds = beat_seconds(limit_seconds)
 
     def look(self, share: float = 1.0) -> str | None:
@@ -197,6 +207,7 @@ class Watch:
         if (stalled := stall(beats, limit)) is not None:
             return stalled
         missing = sorted(set(range(self._num_workers)) - {beat.rank for beat in beats})
+        self.nodes = set() if missing else {beat.node_id for beat in beats if not beat.ended}
         if missing and now - self._begun > self._start_seconds:
             return f"{', '.join(f'worker {rank}' for rank in missing)} did not start within {now - self._begun:.0f} s"
         if not missing and all(beat.ended and beat.silent_seconds > limit for beat in beats):

@@ -25,9 +25,10 @@ from paml.distributed import cluster
 from paml.distributed.console import Console, ConsoleHandler, RemoteBar, printing
 from paml.distributed.hangs import ControllerProcess, Heartbeat, StallError, Watch, beat_seconds
 from paml.distributed.metrics import RayMeter
+from paml.distributed.room import Move, wait_for_room
 from paml.errors import PamlError, SettingsError
 from paml.tracking.journal import Journal
-from paml.training.loop import Result, Watcher, train
+from paml.training.loop import Left, Result, Watcher, train
 from paml.training.settings import TrainSettings, WorkerSettings
 from paml.training.world import World, current_world
 
@@ -67,7 +68,8 @@ def resources_per_worker(settings: WorkerSettings, cluster: dict[str, float]) ->
     if cpus is None:
         share = cluster.get("CPU", 1.0) / settings.num_workers
         cpus = float(int(share)) if share >= 1 else int(share * 100) / 100
-    if settings.num_workers * gpus > cluster.get("GPU", 0) or settings.num_workers * cpus > cluster.get("CPU", 0):
+    fits = settings.num_workers * gpus <= cluster.get("GPU", 0) and settings.num_workers * cpus <= cluster.get("CPU", 0)
+    if not fits and settings.min_workers is None:
         raise SettingsError(
             f"{settings.num_workers} workers of {cpus:g} CPUs and {gpus:g} GPUs do not fit the cluster, which has "
             f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs: lower workers.num_workers or the "
@@ -85,8 +87,9 @@ def train_on_ray(
     callbacks: Sequence[UserCallback] = (),
 ) -> Result:
     """Run the loop on Ray Train workers. Lost workers are replaced `workers.max_failures` times, each time from the
-    newest checkpoint. With `last_epoch` it breaks off after that epoch, and the result is empty. Raises PamlError for
-    what starting again would only repeat, RuntimeError for a lost cause.
+    newest checkpoint. Workers on a node that is about to go move elsewhere, and an elastic run takes what room there
+    is; neither counts as a failure. With `last_epoch` it breaks off after that epoch, and the result is empty. Raises
+    PamlError for what starting again would only repeat, RuntimeError for a lost cause.
 
     say: hears the workers' lines instead of the terminal. callbacks: Ray Train's, called in its controller.
     """
@@ -100,32 +103,43 @@ def _attempts(
     say: Callable[[str], None] | None,
     callbacks: Sequence[UserCallback],
 ) -> Result:
-    resources = resources_per_worker(settings.workers, dict(ray.cluster_resources()))
-    for attempt in range(settings.workers.max_failures + 1):
+    workers = settings.workers
+    resources = resources_per_worker(workers, dict(ray.cluster_resources()))
+    least, failures, count = workers.min_workers or workers.num_workers, 0, workers.num_workers
+    tell, begun = say or _to_terminal, False
+    while True:
+        if begun or workers.min_workers is not None:
+            count = wait_for_room(resources, least, workers.num_workers, _start_seconds(workers), tell)
+            if count < workers.num_workers:
+                tell(f"going on with {count} of {workers.num_workers} workers: the cluster has room for no more")
+        begun = True
         # One an attempt, so that what is left of the last one is not heard; it comes back where its process is killed.
         console: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Console).remote()  # pyright: ignore
         try:
             with printing(console, say=say):
-                failure = _fit(settings, run_folder, resources, console, last_epoch, callbacks)
-            patience = max(30.0, settings.workers.collective_timeout_seconds)
+                failure = _fit(settings, run_folder, resources, count, console, last_epoch, callbacks)
+            patience = max(30.0, workers.collective_timeout_seconds)
             message = None if failure is None else _answer(console.failed_for_good, patience)
+            left = None if failure is not None else _answer(console.why_left, patience)
         finally:
             ray.kill(console)
+        if left is not None:
+            tell(f"{left}: the workers have left a checkpoint, and begin again")
+            continue
         if failure is None and last_epoch is not None:
             return Result({}, {}, [])
         if failure is None:
             return Result.read(run_folder)
         if message is not None:
             raise PamlError(message)
-        if attempt == settings.workers.max_failures:
-            raise RuntimeError(f"training failed {attempt + 1} times, the last time by:\n{failure}")
-        print(
-            f"{what_failed(failure)}; restart {attempt + 1} of {settings.workers.max_failures} from the newest "
-            "checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-    raise AssertionError("unreachable: the last attempt returns or raises")
+        failures += 1
+        if failures > workers.max_failures:
+            raise RuntimeError(f"training failed {failures} times, the last time by:\n{failure}")
+        _to_terminal(f"{what_failed(failure)}; restart {failures} of {workers.max_failures} from the newest checkpoint")
+
+
+def _to_terminal(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _answer(method: Any, seconds: float) -> Any:
@@ -167,6 +181,7 @@ def _fit(
     settings: TrainSettings,
     run_folder: str,
     resources: dict,
+    count: int,
     console: Any,
     last_epoch: int | None,
     callbacks: Sequence[UserCallback],
@@ -188,7 +203,7 @@ def _fit(
             "storage": ray.put(cluster.storage_environment()),  # a reference, since dashboards show what stands here
         },
         torch_config=TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=math.ceil(later)),
-        scaling_config=ScalingConfig(num_workers=workers.num_workers, use_gpu=on_gpus, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=count, use_gpu=on_gpus, resources_per_worker=resources),
         run_config=RunConfig(
             name=f"{settings.run.name}-{time.time_ns()}",
             storage_path=ray_storage(run_folder),
@@ -198,14 +213,21 @@ def _fit(
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    watch = Watch(console, workers.num_workers, limit, _start_seconds(workers))
+    watch, move = Watch(console, count, limit, _start_seconds(workers)), Move(workers, resources, count)
     outcome = cluster.in_thread(trainer.fit)
-    while not outcome.done():
-        wait([outcome], timeout=watch.every_seconds)
-        stalled = None if outcome.done() else watch.look()
-        if stalled is not None:
-            watch.end_attempt(outcome, END_SECONDS)
-            return StallError(f"{stalled}. Where that may truly take longer, raise workers.collective_timeout_seconds")
+    try:
+        while not outcome.done():
+            wait([outcome], timeout=watch.every_seconds)
+            stalled = None if outcome.done() else watch.look()
+            if stalled is not None:
+                watch.end_attempt(outcome, END_SECONDS)
+                hint = "Where that may truly take longer, raise workers.collective_timeout_seconds"
+                return StallError(f"{stalled}. {hint}")
+            reason = move.reason(watch.nodes)
+            if reason is not None:
+                console.leave.remote(reason)
+    finally:
+        move.close()
     error = outcome.exception()
     if error is None:
         return None
@@ -256,7 +278,7 @@ def _keep_dumps(run: str, run_folder: str) -> None:
 
 def _worker(config: dict[str, Any]) -> None:
     settings, run_folder, console = config["settings"], config["run_folder"], config["console"]
-    world = current_world()
+    world = current_world(_later(settings.workers))
     heart = Heartbeat(console, world.rank, every_seconds=beat_seconds(settings.workers.collective_timeout_seconds))
     try:
         _work(settings, run_folder, world, heart, config)
@@ -278,9 +300,14 @@ def _work(settings: TrainSettings, run_folder: str, world: World, heart: Heartbe
         epoch_done=lambda figures: ray.train.report(dict(figures)),
         meter=RayMeter(settings.run.name, world.rank),
         at=heart.at,
+        leaving=lambda: world.any(heart.leave),
     )
     try:
         result = train(settings, world, watcher, config["last_epoch"])
+    except Left:
+        if world.first:
+            ray.get(console.left.remote(), timeout=settings.workers.collective_timeout_seconds)
+        return
     except PamlError as error:
         ray.get(console.fatal.remote(str(error)), timeout=settings.workers.collective_timeout_seconds)
         raise

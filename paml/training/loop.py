@@ -108,6 +108,13 @@ class Watcher:
     at: Callable[..., None] = lambda doing, epoch, step, bounded=True: None
     """Called on every worker as it begins something: what, in which epoch (from 1), after how many steps of it, and
     whether taking too long over it means that the worker is stuck."""
+    leaving: Callable[[], bool] = lambda: False
+    """Called on every worker after each step of the optimiser and each epoch, with the same answer on all: whether to
+    leave a checkpoint and the run."""
+
+
+class Left(Exception):
+    """The run was left because `Watcher.leaving` said so; its newest checkpoint is of that moment."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +170,7 @@ def train(settings: TrainSettings, world: World, watcher: Watcher, last_epoch: i
     Goes on from the newest whole checkpoint of the run's folder: whether a run of this name may be taken up is
     the launcher's to decide. `last_epoch` breaks the run off after that epoch, the test split not scored; no setting,
     so that schedules keep their length and a later call goes on as the unbroken run. Raises PamlError for anything
-    that the user has to mend.
+    that the user has to mend, Left where the watcher said so.
     """
     if world.device.type == "cpu":
         keep_memory()
@@ -209,6 +216,8 @@ def train(settings: TrainSettings, world: World, watcher: Watcher, last_epoch: i
             watcher.say(_epoch_line(state, figures))
         watcher.at("reporting the epoch", state.epoch - 1, state.steps_per_epoch)
         watcher.epoch_done(state.history[-1])
+        if watcher.leaving():
+            raise Left
 
     test = _score_best(state, data, run_folder, watcher)
     return Result(state.best, test, state.history)
@@ -303,11 +312,14 @@ def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float
             train_step(state, batch, last=state.step + 1 == state.steps_per_epoch)
             meter.step(len(batch), loader.take_traffic())
             bar.update(settings.batch_size)
-            due = every and state.optimiser_step > before and state.optimiser_step % every == 0
-            if due and state.step < state.steps_per_epoch:
-                watcher.at("writing a checkpoint", state.epoch, state.step)
-                with meter.checkpoint():
-                    _save(state, run_folder)
+            if state.optimiser_step > before and state.step < state.steps_per_epoch:
+                leaving = watcher.leaving()
+                if leaving or (every and state.optimiser_step % every == 0):
+                    watcher.at("writing a checkpoint", state.epoch, state.step)
+                    with meter.checkpoint():
+                        _save(state, run_folder)
+                if leaving:
+                    raise Left
             watcher.at("waiting for a batch", state.epoch, state.step)
     finally:
         bar.close()
@@ -384,6 +396,7 @@ def _epoch_figures(state: TrainState, data: RunData, seconds: float, begun_at: i
         "train/learning_rate": state.optimiser.param_groups[0]["lr"],
         "train/images_per_second": images * share_done / max(seconds, 1e-9),
         "train/bad_images": counts["bad_images"],
+        "train/workers": state.world.size,
     }
     if state.settings.linear_init.epochs:
         figures["train/head_only"] = state.phase.head_only

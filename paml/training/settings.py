@@ -22,6 +22,12 @@ class WorkerSettings:
 
     num_workers: int = 2
     """Ray Train DDP workers; 0 trains in this process without Ray (notebook, debugger)."""
+    min_workers: int | None = None
+    """Elastic: the run begins, and goes on after a loss, with as few as these where the cluster has no room for
+    num_workers, and grows again with it. The global batches stay the same. null: num_workers or none."""
+    resize_seconds: float = 60.0
+    """Elastic: how long there must have been room for more workers before the run, which leaves a checkpoint and begins
+    again for that, takes it."""
     gpus_per_worker: float | None = None
     """GPUs of each worker; null takes 1 where the cluster has GPUs, else 0."""
     cpus_per_worker: float | None = None
@@ -37,6 +43,19 @@ class WorkerSettings:
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise SettingsError(f"workers.num_workers is {self.num_workers}; it must be 0 (no Ray) or more")
+        if self.min_workers is not None:
+            if not 1 <= self.min_workers <= self.num_workers:
+                raise SettingsError(
+                    f"workers.min_workers is {self.min_workers}; it must be between 1 and workers.num_workers "
+                    f"({self.num_workers}), or null"
+                )
+            if self.cpus_per_worker is None:
+                raise SettingsError(
+                    "workers.min_workers is set, but workers.cpus_per_worker is null, a share of a cluster that is to "
+                    "change: set workers.cpus_per_worker (and workers.gpus_per_worker, where GPUs come later)"
+                )
+        if not self.resize_seconds >= 0:
+            raise SettingsError(f"workers.resize_seconds is {self.resize_seconds}; it must be 0 or more")
         if not self.collective_timeout_seconds >= 1:
             raise SettingsError(
                 f"workers.collective_timeout_seconds is {self.collective_timeout_seconds}; it must be at least 1"

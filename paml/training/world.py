@@ -1,6 +1,8 @@
 """Who computes: this worker's place among all, its device and the process group; passed in, never looked up."""
 
 import dataclasses
+import datetime
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ class World:
     size: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     group: "dist.ProcessGroup | None" = None
+    control: "dist.ProcessGroup | None" = None
+    """The same workers, talking from CPU to CPU, so that no GPU waits for it; None where `group` does so itself."""
 
     @property
     def first(self) -> bool:
@@ -25,6 +29,14 @@ class World:
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)
         return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether any worker's `flag` is set, on every worker."""
+        if self.group is None:
+            return flag
+        flags = torch.tensor([float(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.control or self.group)
+        return bool(flags)
 
     def barrier(self) -> None:
         """Wait for all workers."""
@@ -46,11 +58,18 @@ class World:
                 dist.broadcast(buffer, src=0, group=self.group)
 
 
-def current_world() -> World:
-    """From the process group that the launcher has set up, if it has; one GPU of those visible by rank."""
+def current_world(timeout_seconds: float = 600.0) -> World:
+    """From the process group that the launcher has set up, if it has; one GPU of those visible by rank. All workers
+    must call it.
+
+    timeout_seconds: of the collectives in `World.control`, if there is one.
+    """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return World(device=device)
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, group=dist.group.WORLD)
+    control: Any = None
+    if dist.get_backend() != "gloo":
+        control = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
+    return World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, control)

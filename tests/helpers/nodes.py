@@ -3,7 +3,10 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -59,6 +62,14 @@ class Nodes:
         for process in [self.raylet(node), *self.raylet(node).children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGSTOP)
+
+    def announce(self, node: Any, seconds: int) -> None:
+        """Notice that the node will be taken away, as a cloud gives it for a spot machine."""
+        notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        address = ["--address", self._cluster.address, "--node-id", node.node_id]
+        ray = str(Path(sys.executable).parent / "ray")
+        command = [ray, "drain-node", *address, *notice, "--deadline-remaining-seconds", str(seconds)]
+        subprocess.run(command, check=True, env=self.environment, capture_output=True, timeout=60)
 
     def close(self) -> None:
         """End them all."""
