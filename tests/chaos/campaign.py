@@ -67,7 +67,7 @@ def run_campaign(
         possible = {"disk full": small, "clock jump": os.path.exists(FAKETIME)}
         without = frozenset(kind for kind, can in possible.items() if not can)
         if without:
-            say(f"left out, for want of a mount or of PAML_FAKETIME: {', '.join(sorted(without))}")
+            say(f"left out, for want of a mount or of libfaketime: {', '.join(sorted(without))}")
         for form, count in counts.items():
             faults = draw_schedule(form, count, seed, STEPS_BETWEEN, without)
             epochs = max(2, -(-count * STEPS_BETWEEN // STEPS_AN_EPOCH) + 1)
