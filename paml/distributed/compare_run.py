@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import yaml
 
 from paml import storage
+from paml.compare.curves import curves_of, draw_curves
 from paml.compare.grid import Grid, grid_folder, other_budgets, plan_grid
 from paml.compare.settings import CompareSettings, TrainingsSettings
 from paml.compare.table import (
@@ -163,6 +164,11 @@ def _report(settings: CompareSettings, grid: Grid, failed: Mapping[str, str], jo
                 name = f"table{'-' + regime if regime else ''}.{ending}"
                 storage.write_bytes(storage.join(folder, name), text.encode())
                 journal.artifact_bytes(text.encode(), f"tables/{name}")
+            name = f"learning_curves{'-' + regime if regime else ''}.png"
+            path, told = storage.join(folder, name), [settings.below, settings.above, settings.against]
+            heading = ", ".join([settings.name, *([regime] if regime else []), f"seeds {list(settings.seeds)}"])
+            draw_curves(curves_of(rows, grid.trainings), [row for row in told if row], heading, path)
+            journal.artifact(path, f"figures/{name}")
             journal.metrics(_metrics(regime, lines), len(scored))
     for name, error in failed.items():
         print(f"{name} FAILED: {error}", file=sys.stderr, flush=True)

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
+from paml.compare.curves import Curve, curves_of, draw_curves
 from paml.compare.grid import plan_grid, read_training, slug
 from paml.compare.progress import Progress
 from paml.compare.table import Scored, as_csv, as_text, finished, hours_of, result_of, table_lines
@@ -24,6 +26,12 @@ def rows_of(folder: Path, name: str = "table-partial.csv") -> dict[str, dict[str
     """Row -> its figures."""
     with (folder / "comparison" / name).open() as file:
         return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def width_of(path: Path) -> int:
+    with Image.open(path) as picture:
+        picture.load()
+        return picture.width
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +62,26 @@ def test_tables(compared: Path):
     assert r"\textbf{" in latex
     settings = yaml.safe_load((compared / "comparison" / "artifacts" / "settings.yaml").read_text())
     assert list(settings["methods"]) == list(METHODS)
+
+
+def test_learning_curves_are_those_of_each_rows_alpha(compared: Path, prepared: Path):
+    grid = plan_grid(tiny_grid(prepared, compared, seeds=(3,)), "")
+    curves = {curve.name: curve for curve in curves_of(grid.tables["partial"], grid.trainings)}
+    assert list(curves) == list(rows_of(compared))
+    history = result_of(grid.trainings["partial-an-seed3"]).history
+    assert curves["AN"].maps.tolist() == [[figures["val/map"] for figures in history]]
+    assert curves["AN + boost at inference"].maps.tolist() == [[figures["val/map_alpha_5"] for figures in history]]
+    assert curves["AN"].best == max(figures["val/map"] for figures in history)
+    assert width_of(compared / "comparison" / "learning_curves-partial.png") > 500
+
+
+def test_learning_curves_of_many_rows_and_seeds_of_other_lengths(tmp_path: Path):
+    maps = np.random.default_rng(0).random((20, 2, 5))
+    maps[3, 1, 3:] = np.nan
+    curves = [Curve(f"row {place}", own) for place, own in enumerate(maps)]
+    draw_curves(curves, ["row 0", "absent"], "many", str(tmp_path / "curves.png"))
+    assert width_of(tmp_path / "curves.png") > 500
+    assert curves[3].best == max(np.nanmean(maps[3], axis=0))
 
 
 def test_pairs_say_what_the_run_scored(compared: Path):
