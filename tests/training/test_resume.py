@@ -1,5 +1,6 @@
 """Invariant 6: stopped anywhere and started again, a run ends with the same bits."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from paml.errors import SettingsError
 from paml.losses.em_apl import EMAPLSettings
 from paml.losses.role import RoleSettings
 from paml.training.checkpoint import Checkpoint, newest_checkpoint
+from paml.training.loop import Left, train
 from paml.training.settings import TrainSettings
+from paml.training.world import World
 from tests.helpers.prepared import CLASSES, COUNTS, key_of, prepare_tiny, tiny_settings, true_classes, write_states
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import quiet, run, unbroken_and_resumed
@@ -87,6 +90,20 @@ def test_a_run_stopped_at_every_batch_in_turn_ends_with_the_same_bits(
         attempts += 1
         assert attempts < 12
     assert attempts > 3
+    assert_same_bits(unbroken, newest(settings))
+
+
+@pytest.mark.parametrize("asked", range(6))
+def test_a_run_that_is_asked_to_leave_loses_nothing(
+    asked: int, unbroken: Checkpoint, prepared: Path, tmp_path: Path
+) -> None:
+    """Two steps of the optimiser an epoch: it is asked after the first, and after the epoch."""
+    settings = tiny_settings(prepared, tmp_path, **EVERYTHING)
+    answers = iter([False] * asked + [True])
+    with pytest.raises(Left):
+        train(settings, World(), dataclasses.replace(quiet([]), leaving=lambda: next(answers)))
+    assert newest(settings).facts["optimiser_step"] == asked + 1
+    assert run(settings) is not None
     assert_same_bits(unbroken, newest(settings))
 
 
