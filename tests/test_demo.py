@@ -28,17 +28,12 @@ def _best_test_map(root: Path, data: Path, seed: int, options: list[str]) -> flo
     return result.test[f"{settings.boost.eval:g}"].map
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "seed", [pytest.param(1, marks=pytest.mark.slow), *(pytest.param(seed, marks=pytest.mark.soak) for seed in (0, 2))]
+)
 @pytest.mark.timeout(3600)
-def test_llr_with_boostlu_beats_an_over_three_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llr_with_boostlu_beats_an(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "DATA", tmp_path)
-    gains = []
-    for seed in range(3):
-        data = demo.make_data(seed)
-        maps = {
-            title: _best_test_map(tmp_path / f"runs-{seed}", data, seed, options)
-            for title, options in demo.ROWS.items()
-        }
-        gains.append(maps["LL-R + BoostLU"] - maps["AN"])
-        print(f"seed {seed}: {maps}", flush=True)
-    assert min(gains) > 0, f"gains in test mAP by seed: {gains}"
+    data = demo.make_data(seed)
+    maps = {title: _best_test_map(tmp_path / "runs", data, seed, options) for title, options in demo.ROWS.items()}
+    assert maps["LL-R + BoostLU"] > maps["AN"], maps
