@@ -38,20 +38,35 @@ ROWS = {
 
 def make_data(seed: int) -> Path:
     """Scenes as JPEG files and Open Images CSV, then shards and label tables; kept where they are whole."""
-    return _prepared(f"scenes-{SIDE}px-{IMAGES['train']}-seed{seed}", IMAGES, SIDE, seed, single=False)
+    return _prepared(data_folder(seed), IMAGES, SIDE, seed, single=False)
 
 
-def _prepared(name: str, images: dict[str, int], side: int, seed: int, *, single: bool) -> Path:
+def data_folder(seed: int) -> Path:
+    """Where `make_data` leaves shards and label tables."""
+    return _folder(f"scenes-{SIDE}px-{IMAGES['train']}-seed{seed}")
+
+
+def weights_file() -> Path:
+    """Where `make_weights` leaves the backbone."""
+    return _folder("single-digits").parent / "backbone.safetensors"
+
+
+def _folder(name: str) -> Path:
+    from paml.sources.digit_scenes import VERSION
+
+    return DATA / f"{name}-v{VERSION}" / "prepared"  # what an older demo left is no hindrance
+
+
+def _prepared(out: Path, images: dict[str, int], side: int, seed: int, *, single: bool) -> Path:
     from paml.prepare import PrepareSettings, prepare
     from paml.shards import ShardSettings
-    from paml.sources.digit_scenes import VERSION, write_digit_scenes
+    from paml.sources.digit_scenes import write_digit_scenes
 
-    scenes = DATA / f"{name}-v{VERSION}"  # what an older demo left is no hindrance
+    scenes = out.parent
     report = write_digit_scenes(
         scenes, images=images, size=side, seed=seed, single=single, progress=_bar("drawing scenes")
     )
     print(report, flush=True)
-    out = scenes / "prepared"
     settings = PrepareSettings(
         out=str(out),
         release=str(scenes / "2017_11"),
@@ -80,8 +95,8 @@ def make_weights() -> Path:
     from paml.training.settings import TrackingSettings, TrainSettings
     from paml.training.world import World
 
-    data = _prepared("single-digits", SINGLES, SINGLE_SIDE, seed=0, single=True)
-    weights = data.parent / "backbone.safetensors"
+    data = _prepared(_folder("single-digits"), SINGLES, SINGLE_SIDE, seed=0, single=True)
+    weights = weights_file()
     if weights.exists():
         return weights
     settings = TrainSettings(

@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from jobs import demo
 from paml.cli import read_settings
 from paml.compare.grid import plan_grid
 from paml.compare.halving import candidates
@@ -53,3 +55,9 @@ def test_the_comparison_is_as_large_as_its_recipe_says(monkeypatch: pytest.Monke
     grid = plan_grid(read_settings(CompareSettings, ""), str(ROOT))
     assert f"{len(grid.trainings)} trainings a seed" in recipe.read_text()
     assert [len(rows) for rows in grid.tables.values()] == [41, 41]
+
+
+def test_the_demos_sweep_finds_what_the_demo_leaves():
+    common = yaml.safe_load((ROOT / "jobs" / "recipes" / "sweep_demo.yaml").read_text())["common"]
+    assert common["data.root"] == str(demo.data_folder(0))
+    assert common["model.weights"] == str(demo.weights_file())
