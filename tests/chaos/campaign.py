@@ -28,7 +28,8 @@ from tests.helpers.jobs import prepare_scenes, write_scenes
 from tests.helpers.kills import final_tensors
 
 IMAGES = 200
-STEPS_BETWEEN = 5
+STEPS_BETWEEN = {"plain": 10, "ray": 40, "ray-s3": 40}
+"""On average; workers that begin again are back after half a minute, and the steps of such data take milliseconds."""
 
 
 @dataclasses.dataclass
@@ -69,8 +70,8 @@ def run_campaign(
         if without:
             say(f"left out, for want of a mount or of libfaketime: {', '.join(sorted(without))}")
         for form, count in counts.items():
-            faults = draw_schedule(form, count, seed, STEPS_BETWEEN, without)
-            epochs = max(2, -(-count * STEPS_BETWEEN // STEPS_AN_EPOCH) + 1)
+            faults = draw_schedule(form, count, seed, STEPS_BETWEEN[form], without)
+            epochs = max(2, -(-count * STEPS_BETWEEN[form] // STEPS_AN_EPOCH) + 1)
             campaign.epochs[form] = epochs
             shape = (0 if form == "plain" else 2, epochs)
             if shape not in whole:
