@@ -120,6 +120,9 @@ class Training:
             (self.trace_folder / part).mkdir(parents=True)
         self.clock = self.trace_folder / "clock"
         self.clock.write_text("+0")
+        self.clock_jumps = False
+        """Whether the command is given so that its clock can jump. libfaketime reads the environment in any thread that
+        asks the time, while Python writes it in another: sooner or later that ends the process."""
         self.job: Job | None = None
         self.launches = 0
         self.lines: list[dict] = []
@@ -150,7 +153,7 @@ class Training:
         env = environment(**(self.around.s3.environment | own))
         if self.form != "plain" and self.around.ray is not None:
             env = {**self.around.ray.environment, **env, "RAY_ADDRESS": self.around.ray.environment["RAY_ADDRESS"]}
-        if self.form == "plain" and os.path.exists(FAKETIME):
+        if self.clock_jumps:
             env |= {
                 "LD_PRELOAD": FAKETIME,
                 "FAKETIME_TIMESTAMP_FILE": str(self.clock),
@@ -424,11 +427,19 @@ class Operator:
         return True
 
     def _jump(self, fault: Fault) -> bool:
-        if not os.path.exists(FAKETIME):
-            return False
-        self.training.clock.write_text(f"{round((fault.draw - 0.5) * 20_000):+d}")
+        """The command is killed and given again, and its clock jumps once it computes."""
+        training = self.training
+        assert training.job is not None
+        training.clock.write_text("+0")
+        training.clock_jumps = True
+        training.job.kill()
+        training.start()
+        done, newest = training.done, training.newest()
+        found = self._tend(lambda: training.done > max(done, newest), 120)
+        training.clock_jumps = False
+        training.clock.write_text(f"{round((fault.draw - 0.5) * 20_000):+d}")
         time.sleep(1.2)
-        return True
+        return found
 
 
 @contextlib.contextmanager
