@@ -19,6 +19,7 @@ import ray.train
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from paml import storage
 from paml.distributed import cluster
@@ -113,8 +114,7 @@ def _attempts(
             if count < workers.num_workers:
                 tell(f"going on with {count} of {workers.num_workers} workers: the cluster has room for no more")
         begun = True
-        # One an attempt, so that what is left of the last one is not heard; it comes back where its process is killed.
-        console: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Console).remote()  # pyright: ignore
+        console = _console()
         try:
             with printing(console, say=say):
                 failure = _fit(settings, run_folder, resources, count, console, last_epoch, callbacks)
@@ -136,6 +136,18 @@ def _attempts(
         if failures > workers.max_failures:
             raise RuntimeError(f"training failed {failures} times, the last time by:\n{failure}")
         _to_terminal(f"{what_failed(failure)}; restart {failures} of {workers.max_failures} from the newest checkpoint")
+
+
+def _console() -> Any:
+    """One an attempt, so that what is left of the last one is not heard; it comes back where its process is killed.
+
+    It is on the driver's node, which nothing of the run outlives: anywhere else, as on the head, it would be one more
+    thing that can be lost.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    kept: Any = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    actor: Any = ray.remote(**kept)(Console)
+    return actor.remote()
 
 
 def _to_terminal(line: str) -> None:

@@ -127,14 +127,15 @@ def train_run(
 
 
 def claim_run(settings: TrainSettings, run_folder: str) -> None:
-    """Refuse a name that is taken unless the run is to be resumed; refuse to resume what is not there.
+    """Refuse a name that is taken unless the run is to be resumed; refuse to resume what is not there, but for `auto`.
 
     Raises SettingsError, also where a resumed run's settings differ in what decides the computation.
     """
     storage.ensure_writable(run_folder)
     mark = storage.join(run_folder, "run.json")
-    if settings.run.resume:
-        if not storage.exists(mark):
+    there = settings.run.resume and storage.exists(mark)
+    if there or settings.run.resume is True:
+        if not there:
             raise SettingsError(f"there is no run {run_folder} to resume; leave run.resume out to begin it")
         mend = "copy the run again, or begin a run of another run.name"
         stored = read_facts(mark, mend)

@@ -72,8 +72,9 @@ class TrackingSettings:
     """Name of the run; a name that exists is refused unless `resume` is set."""
     experiment: str = "paml"
     """MLflow experiment."""
-    resume: bool = False
-    """Go on with the run of this name from its newest whole checkpoint."""
+    resume: bool | Literal["auto"] = False
+    """Go on with the run of this name from its newest whole checkpoint; auto begins it where there is none yet, for
+    commands that something gives again by itself."""
     mlflow: bool = True
     """Mirror the journal into MLflow (MLFLOW_TRACKING_URI, else SQLite below `storage`)."""
     system_seconds: float = 10.0

@@ -88,7 +88,7 @@ def test_what_is_copied_is_sent_to_the_builder_and_is_there():
 
 def locked(*names: str) -> dict[str, str]:
     lines = [line for name in names for line in (ROOT / name).read_text().splitlines() if "==" in line]
-    pairs = [line.split("==") for line in lines]
+    pairs = [line.split(";")[0].strip().split("==") for line in lines]
     return {name.lower().replace("_", "-"): version for name, version in pairs}
 
 

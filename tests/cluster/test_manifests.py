@@ -95,6 +95,20 @@ def a_policy_for_another_port(objects: list[Object]) -> None:
     one(objects, "NetworkPolicy", "postgres")["spec"]["ingress"][0]["ports"][0]["port"] = 5433
 
 
+def a_redis_of_nobody(objects: list[Object]) -> None:
+    one(objects, "RayJob", "train")["spec"]["rayClusterSpec"]["gcsFaultToleranceOptions"]["redisAddress"] = "gcs:6379"
+
+
+def no_way_to_redis(objects: list[Object]) -> None:
+    rules = one(objects, "NetworkPolicy", "ray")["spec"]["egress"]
+    rules.remove(next(each for each in rules if each.get("ports") == [{"protocol": "TCP", "port": 6379}]))
+
+
+def a_redis_that_listens_to_workers_alone(objects: list[Object]) -> None:
+    (rule,) = one(objects, "NetworkPolicy", "redis")["spec"]["ingress"]
+    rule["from"][0]["podSelector"]["matchExpressions"][0]["values"] = ["worker"]
+
+
 def an_address_of_nobody(objects: list[Object]) -> None:
     head = one(objects, "RayCluster", "paml")["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     head["env"][0]["value"] = "http://tracking:5000"
@@ -108,6 +122,9 @@ def an_address_of_nobody(objects: list[Object]) -> None:
         a_container_port_of_nobody,
         a_policy_of_nobody,
         a_policy_for_another_port,
+        a_redis_of_nobody,
+        no_way_to_redis,
+        a_redis_that_listens_to_workers_alone,
         an_address_of_nobody,
     ],
 )
@@ -146,6 +163,14 @@ def no_token(objects: list[Object]) -> None:
     del one(objects, "RayCluster", "paml")["spec"]["authOptions"]
 
 
+def a_redis_password_in_the_open(objects: list[Object]) -> None:
+    one(objects, "RayCluster", "paml")["spec"]["gcsFaultToleranceOptions"]["redisPassword"] = {"value": "secret"}
+
+
+def a_redis_without_password(objects: list[Object]) -> None:
+    del one(objects, "RayJob", "tune")["spec"]["rayClusterSpec"]["gcsFaultToleranceOptions"]["redisPassword"]
+
+
 def a_root(objects: list[Object]) -> None:
     one(objects, "StatefulSet", "postgres")["spec"]["template"]["spec"]["securityContext"]["runAsNonRoot"] = False
 
@@ -174,6 +199,8 @@ def no_shared_memory(objects: list[Object]) -> None:
         published_service,
         published_by_ingress,
         no_token,
+        a_redis_password_in_the_open,
+        a_redis_without_password,
         a_root,
         more_rights,
         no_limit,
@@ -205,7 +232,35 @@ def begun_by_itself(objects: list[Object]) -> None:
     one(objects, "RayJob", "train")["spec"]["suspend"] = False
 
 
-@pytest.mark.parametrize("plant", [too_few_gpus, too_small_a_cache, too_large_a_store, begun_by_itself])
+def no_room_for_the_driver(objects: list[Object]) -> None:
+    one(objects, "RayJob", "train")["spec"]["entrypointNumCpus"] = 9
+
+
+def no_room_for_the_driver_of_trials(objects: list[Object]) -> None:
+    one(objects, "RayJob", "tune")["spec"]["entrypointNumCpus"] = 9
+
+
+def a_driver_that_dies_with_the_head(objects: list[Object]) -> None:
+    del one(objects, "RayJob", "train")["spec"]["entrypointNumCpus"]
+
+
+def too_short_an_end(objects: list[Object]) -> None:
+    _train_worker(objects)["terminationGracePeriodSeconds"] = 60
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        too_few_gpus,
+        too_small_a_cache,
+        too_large_a_store,
+        begun_by_itself,
+        no_room_for_the_driver,
+        no_room_for_the_driver_of_trials,
+        a_driver_that_dies_with_the_head,
+        too_short_an_end,
+    ],
+)
 def test_the_check_of_sizes_finds(plant: Callable[[list[Object]], None]):
     objects = render("aws")
     plant(objects)
@@ -325,7 +380,7 @@ def test_versions_and_paths_are_those_of_the_checkout():
             if not re.search("tune_openimages|sweep_", path):  # held to their presence by the test of the commands
                 assert (ROOT / path).exists(), path
         assert {image_name(c) for pod in pods(objects) for c in pod.spec["containers"]} <= {
-            "paml-train", "paml-tracking", "postgres", "minio",
+            "paml-train", "paml-tracking", "postgres", "redis", "minio",
         }  # fmt: skip
 
 

@@ -30,15 +30,19 @@ LISTENS = {
     "paml-train": {6379, 8265, 10001, 8080},  # ray start --head: GCS, dashboard, client, metrics
     "paml-tracking": {5000},  # the command in docker/Dockerfile, which test_docker holds to it
     "postgres": {5432},
+    "redis": {6379},
     "minio": {9000},
 }
 """Ports on which an image's command listens unless its arguments say otherwise."""
 
 READ_BY_IMAGES = {
     "postgres": {"POSTGRES_USER", "POSTGRES_DB", "POSTGRES_PASSWORD", "PGDATA"},
+    "redis": {"REDISCLI_AUTH"},
     "minio": {"MINIO_ROOT_USER", "MINIO_ROOT_PASSWORD", "MINIO_BROWSER"},
 }
 """Variables of images that are not ours, from their documentation."""
+
+GRACE = "terminationGracePeriodSeconds"
 
 READ_BY_LIBPQ = {"PGHOST", "PGUSER", "PGPASSWORD"}
 
@@ -80,13 +84,22 @@ def pods(objects: Sequence[Object]) -> Iterator[Pod]:
 
 
 def _ray_pods(where: str, spec: Object) -> Iterator[Pod]:
-    yield _pod(f"{where} head", spec["headGroupSpec"]["template"])
+    yield _pod(f"{where} head", spec["headGroupSpec"]["template"], {"ray.io/node-type": "head"})
     for group in spec["workerGroupSpecs"]:
-        yield _pod(f"{where} group {group['groupName']}", group["template"])
+        yield _pod(f"{where} group {group['groupName']}", group["template"], {"ray.io/node-type": "worker"})
 
 
-def _pod(where: str, template: Object) -> Pod:
-    return Pod(where, template.get("metadata", {}).get("labels", {}), template["spec"])
+def _pod(where: str, template: Object, given: Mapping[str, str] | None = None) -> Pod:
+    """given: labels that KubeRay adds."""
+    return Pod(where, template.get("metadata", {}).get("labels", {}) | dict(given or {}), template["spec"])
+
+
+def ray_clusters(objects: Sequence[Object]) -> Iterator[tuple[str, Object]]:
+    """The clusters that stand, and those that jobs bring, each with where it is said."""
+    for each in objects:
+        if each["kind"] in ("RayCluster", "RayJob"):
+            spec = each["spec"] if each["kind"] == "RayCluster" else each["spec"]["rayClusterSpec"]
+            yield f"{each['kind']} {each['metadata']['name']}", spec
 
 
 def containers(pod: Pod) -> Iterator[tuple[str, Object]]:
@@ -185,7 +198,33 @@ def service_problems(objects: Sequence[Object]) -> list[str]:
                 found.append(f"{where}: {name} is {value}, and the Service {host} has no port {port}")
         if name == "PGHOST" and value not in services:
             found.append(f"{where}: {name} is {value}, and there is no Service of that name")
+    for where, cluster in ray_clusters(objects):
+        if options := cluster.get("gcsFaultToleranceOptions"):
+            found += _redis_problems(where, options["redisAddress"], services, objects)
     return found
+
+
+def _redis_problems(where: str, address: str, services: Mapping[str, Object], objects: Sequence[Object]) -> list[str]:
+    """Whether the head finds what lies behind this address, and may speak to it."""
+    host, _, port = address.rpartition(":")
+    if host not in services or int(port) not in {each["port"] for each in services[host]["spec"]["ports"]}:
+        return [f"{where}: redisAddress is {address}, and there is no such Service"]
+    (head,) = [pod for pod in pods(objects) if pod.where == f"{where} head"]
+    behind = services[host]["spec"]["selector"]
+    policies = [each["spec"] for each in objects if each["kind"] == "NetworkPolicy"]
+    ends = [("egress", "to", head.labels, behind), ("ingress", "from", behind, head.labels)]
+    return [
+        f"{where}: no NetworkPolicy lets {direction} between its head and {address} through"
+        for direction, peers, mine, others in ends
+        if not any(
+            _matches(peer["podSelector"], others) and int(port) in {each["port"] for each in rule.get("ports", [])}
+            for policy in policies
+            if _matches(policy["podSelector"], mine)
+            for rule in policy.get(direction, [])
+            for peer in rule.get(peers, [])
+            if "podSelector" in peer and "namespaceSelector" not in peer
+        )
+    ]
 
 
 def _policy_problems(policy: Object, all_pods: Sequence[Pod]) -> list[str]:
@@ -285,6 +324,7 @@ def _sources(image: str) -> str:
     if image == "paml-train":
         installed["ray"] = ["train/v2/_internal/constants.py", "_private/authentication/*.py"]
         installed["ray"] += ["_private/authentication_test_utils.py", "_private/usage/usage_constants.py"]
+        installed["ray"] += ["_private/ray_constants.py"]
     files = []
     for package, patterns in installed.items():
         spec = importlib.util.find_spec(package)
@@ -309,12 +349,14 @@ def _values(objects: Sequence[Object]) -> Iterator[tuple[str, str, str]]:
 
 
 def secrets(objects: Sequence[Object]) -> set[tuple[str, str]]:
-    """(name, key) of every Secret that a container takes a variable from."""
+    """(name, key) of every Secret that a container takes a variable from, or a head its Redis' password."""
+    taken = [each for pod in pods(objects) for _, container in containers(pod) for each in container.get("env", [])]
+    taken += [
+        cluster.get("gcsFaultToleranceOptions", {}).get("redisPassword", {}) for _, cluster in ray_clusters(objects)
+    ]
     return {
         (reference["name"], reference["key"])
-        for pod in pods(objects)
-        for _, container in containers(pod)
-        for each in container.get("env", [])
+        for each in taken
         if (reference := each.get("valueFrom", {}).get("secretKeyRef"))
     }
 
@@ -331,15 +373,16 @@ def safety_problems(objects: Sequence[Object]) -> list[str]:
             found.append(f"{kind} {name}: nothing here is published")
         if kind == "Service" and each["spec"].get("type", "ClusterIP") != "ClusterIP":
             found.append(f"Service {name}: its type is {each['spec']['type']}")
-        cluster = {"RayCluster": lambda spec: spec, "RayJob": lambda spec: spec["rayClusterSpec"]}.get(kind)
-        if cluster:
-            spec = cluster(each["spec"])
-            head = spec["headGroupSpec"]
-            if head.get("serviceType", "ClusterIP") != "ClusterIP" or head.get("enableIngress"):
-                found.append(f"{kind} {name}: it publishes Ray's dashboard")
-            if spec.get("authOptions", {}).get("mode") != "token":
-                found.append(f"{kind} {name}: Ray asks for no token")
-            found += _container_problems(f"{kind} {name} autoscaler", spec["autoscalerOptions"], {})
+    for where, spec in ray_clusters(objects):
+        head = spec["headGroupSpec"]
+        if head.get("serviceType", "ClusterIP") != "ClusterIP" or head.get("enableIngress"):
+            found.append(f"{where}: it publishes Ray's dashboard")
+        if spec.get("authOptions", {}).get("mode") != "token":
+            found.append(f"{where}: Ray asks for no token")
+        options = spec.get("gcsFaultToleranceOptions")
+        if options and "valueFrom" not in options.get("redisPassword", {}):
+            found.append(f"{where}: its Redis asks for no password, or it is written down")
+        found += _container_problems(f"{where} autoscaler", spec["autoscalerOptions"], {})
     for pod in pods(objects):
         found += _pod_problems(pod)
     return found
@@ -401,13 +444,17 @@ def quantity(text: str | int | float) -> float:
 
 
 def fit_problems(objects: Sequence[Object]) -> list[str]:
-    """Jobs whose workers, caches or object stores are larger than the nodes that they bring."""
+    """Jobs whose driver, workers, caches or object stores are larger than the nodes that they bring, and pods that are
+    killed before they have done what they do at their end.
+    """
     found = []
-    for each in objects:
-        if each["kind"] not in ("RayCluster", "RayJob"):
-            continue
-        where = f"{each['kind']} {each['metadata']['name']}"
-        spec = each["spec"] if each["kind"] == "RayCluster" else each["spec"]["rayClusterSpec"]
+    for pod in pods(objects):
+        for where, container in containers(pod):
+            env = {each["name"]: each.get("value") for each in container.get("env", [])}
+            seconds, most = env.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0"), pod.spec.get(GRACE, 30)
+            if float(seconds) > 0.8 * most:
+                found.append(f"{where}: its node takes up to {seconds} s to go, and is killed after {most}")
+    for where, spec in ray_clusters(objects):
         groups = spec["workerGroupSpecs"]
         for group in [spec["headGroupSpec"], *groups]:
             store = int(group["rayStartParams"]["object-store-memory"])
@@ -418,13 +465,17 @@ def fit_problems(objects: Sequence[Object]) -> list[str]:
         for group in groups:
             if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
                 found.append(f"{where} {group['groupName']}: replicas out of their bounds")
+    for each in objects:
         if each["kind"] == "RayJob":
-            found += _job_problems(where, each["spec"], groups)
+            found += _job_problems(f"RayJob {each['metadata']['name']}", each["spec"])
     return found
 
 
-def _job_problems(where: str, spec: Object, groups: Sequence[Object]) -> list[str]:
-    found, entrypoint = [], spec["entrypoint"]
+def _job_problems(where: str, spec: Object) -> list[str]:
+    found, entrypoint, groups = [], spec["entrypoint"], spec["rayClusterSpec"]["workerGroupSpecs"]
+    driver = float(spec.get("entrypointNumCpus", 0))
+    if spec["rayClusterSpec"].get("gcsFaultToleranceOptions") and not driver:
+        found.append(f"{where}: its head may come back, but not its driver, which is on the head")
     if spec.get("suspend") is not True:
         found.append(f"{where}: it starts as soon as it is applied")
     have = {"cpu": 0.0, "nvidia.com/gpu": 0.0}
@@ -440,12 +491,18 @@ def _job_problems(where: str, spec: Object, groups: Sequence[Object]) -> list[st
     if workers:
         cpus = _number(r"--workers\.cpus_per_worker ([\d.]+)", entrypoint) or 1.0
         gpus = _number(r"--workers\.gpus_per_worker ([\d.]+)", entrypoint) or 0.0
-        if workers * cpus > have["cpu"] or workers * gpus > have["nvidia.com/gpu"]:
+        if driver + workers * cpus > have["cpu"] or workers * gpus > have["nvidia.com/gpu"]:
             found.append(
-                f"{where}: {workers:.0f} workers of {cpus:g} CPUs and {gpus:g} GPUs, but its nodes have {have}"
+                f"{where}: {workers:.0f} workers of {cpus:g} CPUs and {gpus:g} GPUs, a driver of {driver:g} CPUs, but "
+                f"its nodes have {have}"
             )
-    if (trial := _number(r"--cpus_per_run (\d+)", entrypoint)) and trial > have["cpu"]:
-        found.append(f"{where}: a trial takes {trial:.0f} CPUs, its nodes have {have['cpu']:.0f}")
+    if trial := _number(r"--cpus_per_run (\d+)", entrypoint):
+        at_once = max(have["nvidia.com/gpu"], 1.0)  # as many trials as there are GPUs
+        if driver + at_once * trial > have["cpu"]:
+            found.append(
+                f"{where}: {at_once:.0f} trials of {trial:.0f} CPUs, and {driver:g} for the driver, but its nodes have "
+                f"{have['cpu']:.0f}"
+            )
     return found
 
 
