@@ -48,7 +48,7 @@ def test_a_run_outlives_the_head_and_ends_with_the_same_bits(tmp_path: Path) -> 
     assert differing(final_tensors(runs / "whole"), final_tensors(runs / "lost")) == []
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_node_that_is_told_to_end_announces_itself_and_waits_for_the_checkpoint(tmp_path: Path) -> None:
     data, runs = prepare_scenes(write_scenes(tmp_path / "scenes"), tmp_path / "data"), tmp_path / "runs"
