@@ -159,6 +159,7 @@ class Training:
                 "FAKETIME_TIMESTAMP_FILE": str(self.clock),
                 "FAKETIME_CACHE_DURATION": "1",
                 "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+                "FAKETIME_FORCE_MONOTONIC_FIX": "0",  # else every wait for Python's lock turns without end
             }
         begun = storage.exists(storage.join(self.run_folder, "run.json"))
         command = [sys.executable, JOB, *self.options(), *(["--run.resume", "true"] if begun else [])]
