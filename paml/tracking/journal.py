@@ -282,7 +282,7 @@ class JournalReader:
 
 
 def read_journal(run_folder: str, *, unreadable: dict[str, str] | None = None) -> list[Event]:
-    """All events of a run in time order.
+    """All events of a run in the order in which they were written, also where the clock has jumped since.
 
     Of metrics with the same (key, step), and of parameters, the first stands; of tags, datasets, artifacts
     and models the last; every status is given.
@@ -296,21 +296,22 @@ def read_journal(run_folder: str, *, unreadable: dict[str, str] | None = None) -
         raise JournalError(f"{describe_unreadable(reader.unreadable)}. The rest of the journal can be read")
     if unreadable is not None:
         unreadable.update(reader.unreadable)
-    return sorted(events, key=lambda event: event.time_ms)
+    return events
 
 
 def latest(events: Iterable[Event]) -> list[Event]:
     """Leaves out tags, datasets, artifacts and models that a later event of the same key replaces."""
-    last: dict[tuple[str, ...], Event] = {}
-    kept: list[Event] = []
-    for event in events:
+    last: dict[tuple[object, ...], Event] = {}
+    for place, event in enumerate(events):
         if event.kind in ("tag", "artifact", "model"):
-            last[event.kind, event.key] = event
+            key = event.kind, event.key
         elif event.kind == "dataset":
-            last[event.kind, event.key, event.value["digest"], event.value["context"]] = event
+            key = event.kind, event.key, event.value["digest"], event.value["context"]
         else:
-            kept.append(event)
-    return kept + list(last.values())
+            key = event.kind, place
+        last.pop(key, None)  # so that it stands where the later event does
+        last[key] = event
+    return list(last.values())
 
 
 def describe_unreadable(unreadable: Mapping[str, str]) -> str:

@@ -80,8 +80,20 @@ def test_many_writers_at_once_lose_nothing(run_folder):
     expected = sorted((f"m{index}", step) for index in range(4) for step in range(40))
     assert sorted((event.key, event.step) for event in seen) == expected
     assert sorted((event.key, event.step) for event in read_journal(run_folder)) == expected
-    times = [event.time_ms for event in read_journal(run_folder)]
-    assert times == sorted(times)
+    for index in range(4):
+        assert [event.step for event in read_journal(run_folder) if event.key == f"m{index}"] == list(range(40))
+
+
+def test_the_last_status_is_the_last_written_whatever_the_clock_says(run_folder, monkeypatch):
+    now, jumps = time.time_ns(), [0, 7200, -7200, 60]
+    for seconds, status in zip(jumps, ["KILLED", "FAILED", "RUNNING", "FINISHED"], strict=True):
+        monkeypatch.setattr(time, "time_ns", lambda seconds=seconds: now + seconds * 10**9)
+        monkeypatch.setattr(time, "time", lambda seconds=seconds: now / 1e9 + seconds)
+        Journal(run_folder, "driver").status(status)
+        Journal(run_folder, "driver").tags({"place": status})
+    statuses = [event.value for event in read_journal(run_folder) if event.kind == "status"]
+    assert statuses == ["KILLED", "FAILED", "RUNNING", "FINISHED"]
+    assert [(event.key, event.value) for event in read_journal(run_folder)][-1] == ("place", "FINISHED")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other version"])
