@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from paml.data.decoders import Faults, Filling, Pool
+from paml.data.decoders import Faults, Filling, Pool, Threads
 from paml.shards.cache import Traffic
 
 
@@ -44,11 +43,11 @@ class FeatureReaders:
     ) -> None:
         self._features, self._flips = features, flips
         self._pool = Pool(lambda: np.empty((batch_size, *features.shape), np.float16), keep)
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="features")
+        self._workers = Threads(threads, "features")
 
     def fill(self, index: np.ndarray, out: np.ndarray | None = None) -> Filling:
         rows = self._pool.take()[: len(index)] if out is None else out
-        return Filling(rows, [(0, self._executor.submit(self._copy, index, rows))])
+        return Filling(rows, [(0, self._workers.submit(self._copy, index, rows))])
 
     def _copy(self, index: np.ndarray, out: np.ndarray) -> Faults:
         features, faults = self._features, []
@@ -65,4 +64,4 @@ class FeatureReaders:
         return Traffic()
 
     def close(self) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._workers.close()

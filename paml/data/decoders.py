@@ -17,7 +17,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -121,19 +121,48 @@ def _lasting_pool(shape: tuple[int, int, int, int], keep: int) -> Pool:
     return Pool(lambda: np.empty(shape, np.uint8), keep)
 
 
+@functools.lru_cache(maxsize=4)
+def _lasting_executor(threads: int, name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix=name)
+
+
+class Threads:
+    """Threads that outlive their epoch: one that begins when no memory is left can keep its starter waiting for ever
+    (CPython 3.11), and epochs begin often.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._executor = _lasting_executor(threads, name)
+        self._tasks: set[Future] = set()
+
+    def submit(self, work: Callable[..., Faults], *given: Any) -> "Future[Faults]":
+        """Begin `work(*given)` as soon as a thread is free."""
+        task = self._executor.submit(work, *given)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def close(self) -> None:
+        """Cancel what has not begun, and wait for the rest."""
+        left = list(self._tasks)
+        for task in left:
+            task.cancel()
+        wait(left)
+
+
 class ThreadDecoders:
     """Threads: libjpeg-turbo holds no lock of the interpreter while it works."""
 
     def __init__(self, reader: ShardReader, shape: tuple[int, int, int, int], threads: int, *, keep: int) -> None:
         self._reader, self._threads = reader, threads
         self._pool = _lasting_pool(shape, keep)
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._workers = Threads(threads, "decode")
 
     def fill(self, index: np.ndarray, out: np.ndarray | None = None) -> Filling:
         pixels = self._pool.take()[: len(index)] if out is None else out
         spans = []
         for start, stop in _cut(len(index), self._threads, 8):
-            task = self._executor.submit(decode_span, self._reader, index[start:stop], pixels[start:stop])
+            task = self._workers.submit(decode_span, self._reader, index[start:stop], pixels[start:stop])
             spans.append((start, task))
         return Filling(pixels, spans)
 
@@ -144,7 +173,7 @@ class ThreadDecoders:
         return self._reader.cache.take_traffic()
 
     def close(self) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._workers.close()
 
 
 def _cut(images: int, workers: int, most: int) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 import re
 import shutil
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from paml.data import decoders
 from paml.data.decode import decode_rgb
 from paml.data.device import Normaliser, scatter_states, to_device
 from paml.data.loader import LabelSource, LabelTriples, Loader
@@ -122,11 +124,26 @@ def test_threads_and_prefetching_change_nothing(threads: int, prefetch: int, pre
         torch.testing.assert_close(one.images, other.images, rtol=0, atol=0)
 
 
-def test_leaving_an_epoch_early_ends_its_threads(prepared: Path) -> None:
-    batches = iter(loader_of(prepared))
+def test_the_threads_of_an_epoch_serve_the_next_and_are_idle_when_it_is_left_early(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(list(loader_of(prepared, threads=2))) > 1
+    begun = set(threading.enumerate())
+    under_way: list[int] = []
+    whole = decoders.decode_into
+
+    def counting(data: bytes, out: np.ndarray) -> None:
+        under_way.append(1)
+        whole(data, out)
+
+    monkeypatch.setattr(decoders, "decode_into", counting)
+    batches = iter(loader_of(prepared, threads=2, prefetch=3))
     next(batches)
     batches.close()  # type: ignore[attr-defined]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+    decoded = len(under_way)
+    time.sleep(0.2)
+    assert len(under_way) == decoded
+    assert {thread for thread in threading.enumerate() if thread.name.startswith("decode")} <= begun
 
 
 @pytest.fixture
