@@ -118,10 +118,13 @@ def _one_form(
 
 
 def _allowed(struck: list[Struck], each: Struck) -> int:
-    """Steps that may be lost: since the newest checkpoint; where that is damaged, since the one before."""
-    place = struck.index(each)
-    near = struck[max(0, place - 1) : place + 1]
-    return EVERY * (2 if any(one.fault.kind == "checkpoint damaged" for one in near) else 1)
+    """Steps that may be lost: since the newest checkpoint; where that was damaged and no newer one came before this
+    fault struck, since the one before."""
+    first = place = struck.index(each)
+    while first > 0 and struck[first].fault.instant == "recovery":
+        first -= 1
+    near = struck[max(0, first - 1) : place + 1]
+    return EVERY * (1 + sum(one.fault.kind == "checkpoint damaged" for one in near))
 
 
 def table(campaign: Campaign) -> str:
