@@ -41,7 +41,7 @@ def test_a_run_outlives_the_nodes_that_it_began_on_and_ends_with_the_same_bits(t
 @pytest.mark.timeout(900)
 def test_a_run_leaves_a_node_that_is_about_to_go_with_a_checkpoint(tmp_path: Path) -> None:
     data, runs = prepare_scenes(write_scenes(tmp_path / "scenes"), tmp_path / "data"), tmp_path / "runs"
-    epochs = 40  # of less than a second each, and the notice takes five to be heard
+    epochs = 30  # of less than a second each, and the notice takes five to be heard
     options = [*hard_options(data, runs, "moved", 2, epochs), "--checkpoint.every_steps", "100000"]
     with nodes(2) as cluster:
         with train_job(options, tmp_path / "moved.log", env=cluster.environment) as job:
@@ -70,7 +70,7 @@ def test_a_run_leaves_a_node_that_is_about_to_go_with_a_checkpoint(tmp_path: Pat
 @pytest.mark.timeout(900)
 def test_an_elastic_run_shrinks_and_grows_with_the_cluster(tmp_path: Path) -> None:
     data, runs = prepare_scenes(write_scenes(tmp_path / "scenes"), tmp_path / "data"), tmp_path / "runs"
-    epochs = 80
+    epochs = 50
     elastic = ["--workers.min_workers", "1", "--workers.cpus_per_worker", "1", "--workers.resize_seconds", "1"]
     settings = {"epochs": epochs, "model__batch_norm": "frozen", "optimiser__name": "sgd", "checkpoint__every_steps": 3}
     plain = tiny_options(data, runs, "elastic", workers__num_workers=2, **settings)
