@@ -4,6 +4,7 @@ Room is asked of Ray by one placement group a worker, which is given back before
 waits also tells Ray's autoscaler what the run would like to have.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Collection
 
@@ -39,7 +40,8 @@ class Room:
     def close(self) -> None:
         """Give all of them back."""
         for group in self._groups:
-            remove_placement_group(group)
+            with contextlib.suppress(RayError):  # of a head that is away: what waits for it goes with the driver
+                remove_placement_group(group)
         self._groups = []
 
 
@@ -87,8 +89,8 @@ class Move:
         """
         if not nodes:
             return None
-        self._spare = self._spare or Room(self._resources, self._missing)
         try:
+            self._spare = self._spare or Room(self._resources, self._missing)
             leaving, room, now = sorted(set(nodes) & _draining()), self._spare.found(), time.monotonic()
         except (RayError, RuntimeError, OSError):  # a head that is away has no room to offer; the watch has its say
             return None
