@@ -5,7 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.chaos.campaign import report, run_campaign, save
+from tests.chaos.campaign import report, run_campaign, save, split
 from tests.chaos.schedule import FORMS
 
 
@@ -18,8 +18,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path)
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
     chosen = parser.parse_args()
-    counts = {form: chosen.count // len(chosen.forms) for form in chosen.forms}
-    counts[chosen.forms[0]] += chosen.count - sum(counts.values())
+    counts = split(chosen.count, chosen.forms)
 
     def work(folder: Path) -> int:
         campaign = run_campaign(

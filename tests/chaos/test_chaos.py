@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.campaign import report, run_campaign
+from tests.chaos.campaign import report, run_campaign, split
 from tests.chaos.schedule import FORMS, draw_schedule
 
 
@@ -18,6 +18,15 @@ def test_most_faults_are_the_operating_systems():
     for seed in range(10):
         faults = [fault for form in FORMS for fault in draw_schedule(form, 67, seed, 5)]
         assert sum(fault.system for fault in faults) >= 0.6 * len(faults)
+
+
+@pytest.mark.parametrize("forms", [FORMS, ["plain"], ["ray-s3", "ray"]])
+def test_every_form_gets_its_share(forms):
+    for count in (20, 200, 201):
+        counts = split(count, forms)
+        assert list(counts) == list(forms)
+        assert sum(counts.values()) == count
+        assert all(counts.values())
 
 
 @pytest.mark.soak

@@ -8,9 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
+import requests
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from paml.distributed.local_head import LocalHead, free_ports, node_environment, ray_start, stop
@@ -20,6 +22,8 @@ AS_ON_THE_CLUSTER = QUIET | {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",  # KubeRay's, for workers of a head whose state lies in Redis
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "90",  # base/raycluster.yaml
 }
+
+T = TypeVar("T")
 
 ALONE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 """A command sees its own processes alone, as on a machine of its own, and takes them along: a driver belongs to the
@@ -116,23 +120,34 @@ class Submitted:
     @property
     def output(self) -> str:
         """What its driver has said so far."""
-        return self._client.get_job_logs(self._name)
+        return self._answer(self._client.get_job_logs)
 
     def until(self, condition: Callable[[], object], what: str, seconds: float = 300.0) -> None:
         """Wait for something while the job runs and the head is there."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert not self._client.get_job_status(self._name).is_terminal(), f"no {what}: {self.output[-6000:]}"
+            assert not self._answer(self._client.get_job_status).is_terminal(), f"no {what}: {self.output[-6000:]}"
             assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}:\n{self.output[-6000:]}"
             time.sleep(0.05)
 
     def wait(self, seconds: float = 600.0) -> JobStatus:
         """Its status once it has ended; the test fails with its output where it does not end in time."""
         deadline = time.monotonic() + seconds
-        while not (status := self._client.get_job_status(self._name)).is_terminal():
+        while not (status := self._answer(self._client.get_job_status)).is_terminal():
             assert time.monotonic() < deadline, self.output[-6000:]
             time.sleep(0.5)
         return status
+
+    def _answer(self, question: Callable[[str], T], seconds: float = 90.0) -> T:
+        """Asked again while a head that has just come back ends connections without a word."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return question(self._name)
+            except (requests.ConnectionError, RuntimeError):  # Ray's client raises the second on a status of 5xx
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.5)
 
 
 def processes(node: subprocess.Popen | None) -> list[psutil.Process]:
