@@ -201,7 +201,7 @@ def test_the_note_says_what_came_of_it_what_failed_and_how_to_go_on(tmp_path: Pa
         f"**Best: validation mAP {100 * best.score:.2f}** in epoch {best.epoch} of trial {best.number}"
     )
     assert all(f"`{name}`" in first for name in best.point)
-    charts = "[Their charts](paml:charts), one trial over the other."
+    charts = "[Their charts](paml:charts), one over the other."
     assert second == f"**Trials:** 31 of 31: 20 finished, 10 stopped early, 1 failed. {charts}"
     assert "train_openimages.py --config runs/sweep/best.yaml" in third
     assert "`python jobs/tune_openimages.py --config a.yaml`" in fourth
