@@ -3,12 +3,12 @@
 python benchmarks/audit.py [--seeds 1] [--labels single] [--loss ll-r] [--train-from features.18] [--out …]
 
 For each seed --loss is trained on partial labels (recipe coco18.yaml, averaged weights, every epoch kept, cached
-features of --train-from). Its finds among the unobserved training labels are held to the full labels: precision of the first
-100, 1,000 and 3,000, beside cleanlab's multi-label issue finder on the same scores (pip install -e '.[dev]'), whose
-issues are ranked by its label quality, the labels it flags first. Then the first 1,000 are answered from the full
-labels, as a page's verdicts, merged into the label table, and the model is trained again; as a control also with as
-many unobserved labels drawn at random (--control). What was trained already is read, not repeated. Prepare with
-jobs/recipes/prepare_coco18.yaml first; $PAML_SHARED holds data/weights.
+features of --train-from). Its finds among the unobserved training labels are held to the full labels: precision of
+the first 100, 1,000 and 3,000, beside cleanlab's multi-label issue finder on the same scores (pip install -e
+'.[dev]'), whose issues are ranked by its label quality, the labels it flags first. Then the first 1,000 are answered
+from the full labels, as a page's verdicts, merged into the label table, and the model is trained again; as a control
+also with as many unobserved labels drawn at random (--control). What was trained already is read, not repeated.
+Prepare with jobs/recipes/prepare_coco18.yaml first; $PAML_SHARED holds data/weights.
 """
 
 import argparse
