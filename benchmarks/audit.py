@@ -1,14 +1,14 @@
 """The label audit on coco18: are the finds right, and does answering them make a better model?
 
-python benchmarks/audit.py [--seeds 1] [--labels single] [--train-from features.18] [--out runs/audit-benchmark]
+python benchmarks/audit.py [--seeds 1] [--labels single] [--loss ll-r] [--train-from features.18] [--out …]
 
-For each seed LL-R is trained on partial labels (recipe coco18.yaml, averaged weights, every epoch kept, cached features
-of --train-from). Its finds among the unobserved training labels are held to the full labels: precision of the first
-100, 1,000 and 3,000, beside cleanlab's multi-label issue finder on the same scores (pip install -e '.[dev]'), whose
-issues are ranked by its label quality, the labels it flags first. Then the first 1,000 are answered from the full
-labels, as a page's verdicts, merged into the label table, and the model is trained again; as a control also with as
-many unobserved labels drawn at random (--control). What was trained already is read, not repeated. Prepare with
-jobs/recipes/prepare_coco18.yaml first; $PAML_SHARED holds data/weights.
+For each seed --loss is trained on partial labels (recipe coco18.yaml, averaged weights, every epoch kept, cached
+features of --train-from). Its finds among the unobserved training labels are held to the full labels: precision of
+the first 100, 1,000 and 3,000, beside cleanlab's multi-label issue finder on the same scores (pip install -e
+'.[dev]'), whose issues are ranked by its label quality, the labels it flags first. Then the first 1,000 are answered
+from the full labels, as a page's verdicts, merged into the label table, and the model is trained again; as a control
+also with as many unobserved labels drawn at random (--control). What was trained already is read, not repeated.
+Prepare with jobs/recipes/prepare_coco18.yaml first; $PAML_SHARED holds data/weights.
 """
 
 import argparse
@@ -187,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--labels", choices=TABLES, default="single")
+    parser.add_argument("--loss", default="ll-r", help="that trains: ll-r, an, ...")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--train-from", default="features.18")
@@ -210,7 +211,7 @@ def main() -> None:
         "model.frozen_layers": 0,
         "model.train_from": options.train_from,
         "boost.train": 1.0,
-        "loss.name": "ll-r",
+        "loss.name": options.loss,
         "optimiser.average": 0.99,
         "checkpoint.keep": None,
         "workers.num_workers": 0,

@@ -110,7 +110,6 @@ def make(work: Path, server: MlflowServer) -> None:
 def shoot(work: Path, server: MlflowServer) -> None:
     """One picture after the other."""
     run, tried = (address(server, work / "runs" / name) for name in ("digits", "tried/sweep"))
-    trials = f"{tried.rpartition('/runs/')[0]}/runs?compareRunsMode=CHART"
     with browser_of(server, 1000) as browser:
         browser.visit(run, "Repeat:", "labels rejected", "Finished")
         picture(browser, "run")
@@ -118,6 +117,7 @@ def shoot(work: Path, server: MlflowServer) -> None:
         picture(browser, "rejected")
         browser.visit(tried, "Best:", "Finished")
         picture(browser, "sweep")
+        charts = browser.run("[...document.links].find(link => link.textContent === 'Their charts').href")
         browser.visit(f"{tried}/artifacts/figures/score_by_setting.png", "parallel_coordinates.png")
         browser.until("[...document.images].some(one => one.naturalWidth > 300)", "the picture")
         picture(browser, "settings")
@@ -125,7 +125,7 @@ def shoot(work: Path, server: MlflowServer) -> None:
         picture(browser, "audit")
         browser.visit(f"{run}/model-metrics", "rejection (", "digits (rejection/rejected)")
         picture(browser, "charts")
-        browser.visit(trials, "sweep-0001", "val/map")
+        browser.visit(charts, "sweep-0001", "val/map")
         picture(browser, "trials")
 
 

@@ -22,6 +22,7 @@ from paml.compare.space import Axis, Known, grid_points, optuna_point, random_po
 from paml.errors import SettingsError
 from paml.reading import read_facts, reading
 from paml.spreadsheet import ReportWriter
+from paml.tracking.journal import CHARTS_LINK
 
 SCHEMA_VERSION = 1
 NAN = math.nan
@@ -293,7 +294,7 @@ def as_note(sweep: Sweep, trials: Iterable[Trial], command: str, recipe: str | N
     best, failed = best_trial(trials), [trial for trial in trials if trial.state == "failed"]
     counts = ", ".join(f"{count} {STATES[state]}" for state, count in counted(trials).items())
     parts = ["No trial has a score yet." if best is None else f"**Best: validation mAP {_said_best(sweep, best)}"]
-    parts.append(f"**Trials:** {len(trials)} of {settings.count}{': ' if counts else ''}{counts}.")
+    parts.append(f"**Trials:** {len(trials)} of {settings.count}{': ' if counts else ''}{counts}. {CHARTS_LINK}")
     if recipe is not None:
         parts.append(
             f"**Train the best:** `python jobs/train_openimages.py --config {recipe}`; it scores the test split, which "

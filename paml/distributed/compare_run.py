@@ -32,7 +32,7 @@ from paml.distributed.run import stopping
 from paml.secrets import without_keys
 from paml.shards.tasks import one_line
 from paml.tracking import Journal, MlflowFollower, read_journal, replay
-from paml.tracking.journal import plain
+from paml.tracking.journal import CHARTS_LINK, plain
 from paml.training.loop import run_folder_of
 
 PARENT_TAG = "mlflow.parentRunId"
@@ -63,7 +63,9 @@ def run_compare(settings: CompareSettings) -> int:
         _report(settings, grid, failed, journal, folder)
         return 1 if failed else 0
 
-    note = f"{len(settings.methods)} methods, seeds {list(settings.seeds)}, base `{_base_name(settings)}`"
+    note = (
+        f"{len(settings.methods)} methods, seeds {list(settings.seeds)}, base `{_base_name(settings)}`. {CHARTS_LINK}"
+    )
     return tracked(settings, settings.name, folder, note, [run_folder_of(each.settings) for each in trainings], work)
 
 

@@ -10,6 +10,7 @@ from paml.distributed import cluster
 from paml.distributed.compare_run import tracked
 from paml.distributed.grid_run import AGAIN, check_trainings, join_cluster, train_all
 from paml.tracking import Journal
+from paml.tracking.journal import CHARTS_LINK
 from paml.training.loop import run_folder_of
 
 NAME = "search"
@@ -34,7 +35,8 @@ def run_search(settings: SearchSettings) -> int:
         tags = {"mlflow.parentRunId": parent} if parent else {}
         return _work(settings, methods, tags, journal, folder)
 
-    note = f"Successive halving of {len(everyone)} configurations of {', '.join(methods)} on the validation split"
+    what = f"{len(everyone)} configurations of {', '.join(methods)}"
+    note = f"Successive halving of {what} on the validation split. {CHARTS_LINK}"
     return tracked(settings, NAME, folder, note, [run_folder_of(each.training.settings) for each in everyone], work)
 
 

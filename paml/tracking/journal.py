@@ -28,6 +28,9 @@ SCHEMA_VERSION = 1
 STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED")
 END_STATUSES = STATUSES[1:]
 
+CHARTS = "paml:charts"
+"""Where a link of a note leads to: in MLflow's view of the run, the charts of the runs below it."""
+CHARTS_LINK = f"[Their charts]({CHARTS}), one over the other."
 _NOTE_TAG = "mlflow.note.content"
 _SEGMENT = re.compile(r"\d{20}-[\w.]+-\d+\.json")
 _KEY = re.compile(r"[\w. :/-]{1,250}", re.ASCII)

@@ -15,6 +15,7 @@ import logging
 import os
 import tempfile
 import threading
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from paml import storage
 from paml.reading import inside, open_own, parse_object
 from paml.secrets import without_keys
-from paml.tracking.journal import END_STATUSES, Event, latest
+from paml.tracking.journal import CHARTS, END_STATUSES, Event, latest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -181,7 +182,8 @@ class MlflowView:
         from mlflow.entities import RunTag
         from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 
-        wanted = {event.key: cut(event.value, MAX_TAG_VAL_LENGTH) for event in batch}
+        charts = charts_below(self.experiment_id, self._run_id)
+        wanted = {event.key: cut(event.value.replace(CHARTS, charts), MAX_TAG_VAL_LENGTH) for event in batch}
         last = {event.key: event for event in batch if self._tags.get(event.key) != wanted[event.key]}
         rows = [RunTag(key, wanted[key]) for key in last]
         self._send(list(last.values()), lambda part: self._log_batch(tags=[rows[index] for index in part]))
@@ -313,6 +315,16 @@ def default_tracking_uri(storage_root: str | None) -> str | None:
     if storage_root is None or storage.is_remote(storage_root):
         return None
     return f"sqlite:///{os.path.abspath(storage_root)}/mlflow.db"
+
+
+def charts_below(experiment_id: str, run_id: str) -> str:
+    """Link, within MLflow's pages, to the charts of all runs below a run, the best first.
+
+    Ordered by their age, as by default, MLflow folds those runs into the one above them and draws none.
+    """
+    below = {"searchFilter": f"tags.`mlflow.parentRunId` = '{run_id}'", "orderByKey": "metrics.`best_val_map`"}
+    query = urllib.parse.urlencode(below, quote_via=urllib.parse.quote)
+    return f"#/experiments/{experiment_id}/runs?{query}&orderByAsc=false&compareRunsMode=CHART"
 
 
 def cut(text: str, limit: int) -> str:

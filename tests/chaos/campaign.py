@@ -28,7 +28,7 @@ from tests.helpers.jobs import prepare_scenes, write_scenes
 from tests.helpers.kills import final_tensors
 
 IMAGES = 200
-STEPS_BETWEEN = {"plain": 10, "ray": 40, "ray-s3": 40}
+STEPS_BETWEEN = {"plain": 20, "ray": 40, "ray-s3": 40}
 """On average; workers that begin again are back after half a minute, and the steps of such data take milliseconds."""
 
 SHARE = {"plain": 7, "ray": 2, "ray-s3": 1}

@@ -514,7 +514,7 @@ def left_processes(mark: str, seconds: float = 30.0) -> list[str]:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.pid != os.getpid() and mark in process.environ().get("PAML_CHAOS", ""):
+                if process.pid != os.getpid() and process.environ().get("PAML_CHAOS") == mark:
                     found.append(f"{process.pid} {' '.join(process.cmdline())[:80]}")
         if not found or time.monotonic() > end:
             return found

@@ -201,7 +201,8 @@ def test_the_note_says_what_came_of_it_what_failed_and_how_to_go_on(tmp_path: Pa
         f"**Best: validation mAP {100 * best.score:.2f}** in epoch {best.epoch} of trial {best.number}"
     )
     assert all(f"`{name}`" in first for name in best.point)
-    assert second == "**Trials:** 31 of 31: 20 finished, 10 stopped early, 1 failed."
+    charts = "[Their charts](paml:charts), one over the other."
+    assert second == f"**Trials:** 31 of 31: 20 finished, 10 stopped early, 1 failed. {charts}"
     assert "train_openimages.py --config runs/sweep/best.yaml" in third
     assert "`python jobs/tune_openimages.py --config a.yaml`" in fourth
     assert "**Trial 31 failed:** `it ''broke'' # as a heading`" in note
@@ -212,7 +213,7 @@ def test_the_note_says_what_came_of_it_what_failed_and_how_to_go_on(tmp_path: Pa
 
 def test_the_note_of_a_sweep_under_way_promises_nothing(tmp_path: Path):
     sweep = planned(tiny_sweep(tmp_path, tmp_path / "runs", trials=6))
-    assert as_note(sweep, [], "python a", None).startswith("No trial has a score yet.\n\n**Trials:** 0 of 6.\n\n")
+    assert as_note(sweep, [], "python a", None).startswith("No trial has a score yet.\n\n**Trials:** 0 of 6. [Their")
     under_way = dataclasses.replace(made_up(sweep, 1)[0], state="running")
     note = as_note(sweep, [under_way], "python a", None)
     assert "best.yaml" not in note

@@ -59,6 +59,7 @@ def test_submitted_comparison(prepared: Path, tmp_path: Path):
     assert experiment is not None
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     parent = runs.pop("comparison")
+    assert f"%27{parent.info.run_id}%27" in parent.data.tags["mlflow.note.content"]
     assert parent.info.status == "FAILED"
     assert parent.data.metrics["map/partial/LL-R BoostLU"] > 0
     assert {file.path for file in client.list_artifacts(parent.info.run_id, "tables")} == {

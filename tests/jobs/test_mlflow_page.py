@@ -157,6 +157,10 @@ def test_page_of_a_sweep_answers_the_reviewers_questions(browser: Browser, swept
         "Trial 4 failed:",
     )
     assert "nowhere.pth" in shown
+    charts = browser.run("[...document.links].find(link => link.textContent === 'Their charts').href")
+    scored = [f"sweep-{number:04d} (val/map)" for number, trial in swept.trials.items() if trial.scores]
+    assert len(scored) == 4
+    browser.visit(charts, f"{len(swept.trials)} matching runs", *scored)  # one over the other, without a click
     browser.visit(f"{swept.page}/artifacts/tables/trials.txt", "trials.csv", "stopped", "failed")
     browser.visit(f"{swept.page}/artifacts/recipes/best.yaml", "best.yaml", "learning_rate")
     browser.visit(f"{swept.page}/artifacts/figures/score_by_setting.png", "parallel_coordinates.png")

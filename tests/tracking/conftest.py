@@ -107,7 +107,7 @@ def differences(run_folder: str, uri: str) -> list[str]:
     from mlflow import MlflowClient
 
     from paml.tracking import read_journal
-    from paml.tracking.view import cut
+    from paml.tracking.view import charts_below, cut
 
     client = MlflowClient(uri)
     events = read_journal(run_folder)
@@ -138,7 +138,9 @@ def differences(run_folder: str, uri: str) -> list[str]:
     )
     params = {event.key: cut(event.value, 6000) for event in events if event.kind == "param"}
     same("params", params, run.data.params)
-    tags = {event.key: cut(event.value, 8000) for event in events if event.kind == "tag"}
+    charts = charts_below(experiment.experiment_id, run_id)
+    said = {event.key: event.value.replace("paml:charts", charts) for event in events if event.kind == "tag"}
+    tags = {key: cut(value, 8000) for key, value in said.items()}
     ours = {"paml.journal", "paml.cut_params", "mlflow.runName", "mlflow.source.name", "mlflow.source.type"}
     same("tags", tags, {key: value for key, value in run.data.tags.items() if key not in ours})
     artifacts = {event.key: event.value["size"] for event in events if event.kind == "artifact"}

@@ -39,7 +39,9 @@ def follow(run_folder, uri, **options):
 
 def open_run(run_folder):
     journal = Journal(run_folder, "driver")
-    journal.run(experiment="exp/one", name="first", tags={"digest": "a" * 64}, note="# A run\n\nof *paml*")
+    journal.run(
+        experiment="exp/one", name="first", tags={"digest": "a" * 64}, note="# A run\n\nof *paml*, [below](paml:charts)"
+    )
     journal.settings({"loss": {"name": "ll-r", "reject_rate_step": 1e-4}, "long": "x" * 9000})
     journal.dataset(name="coco18/train", digest="ab" * 32, source="/somewhere", profile={"images": 5})
     return journal
@@ -85,7 +87,10 @@ def test_a_clean_run_stands_in_mlflow_exactly_once(run_folder, server, tmp_path,
     assert "system/cpu_utilization_percentage" in run.data.metrics
     assert run.data.tags["paml.cut_params"] == '["long"]'
     assert run.data.params["long"].endswith("[cut: whole in the artifact settings.yaml]")
-    assert run.data.tags["mlflow.note.content"] == "# A run\n\nof *paml*"
+    query = f"searchFilter=tags.%60mlflow.parentRunId%60%20%3D%20%27{follower.run_id}%27"
+    query += "&orderByKey=metrics.%60best_val_map%60&orderByAsc=false&compareRunsMode=CHART"
+    charts = f"#/experiments/{run.info.experiment_id}/runs?{query}"
+    assert run.data.tags["mlflow.note.content"] == f"# A run\n\nof *paml*, [below]({charts})"
 
 
 def test_nothing_is_lost_when_the_server_is_killed_and_comes_back(run_folder, server):
