@@ -1,6 +1,6 @@
 """The pictures of the README's "Review in MLflow", from the demo's scenes of handwritten digits alone.
 
-    python -m benchmarks.screenshots            # about 20 minutes on 2 cores; needs Chromium
+    python -m benchmarks.screenshots            # about 5 minutes on 2 cores; needs Chromium
     python -m benchmarks.screenshots --shoot    # what was trained before is shown again
 
 Trains a run, a small sweep and an audit below --work, brings up MLflow over them, and writes
@@ -34,6 +34,12 @@ AT_HOME = """(keys => {
     return keys.length;
 })(Object.keys(localStorage).filter(key => key.includes("mlflow.assistant.panelOpen")))"""
 """What two clicks do: the assistant's panel is closed, the side bar says Model training."""
+DOWN_TO = """((section, chart) => {
+    const found = [...document.querySelectorAll("*")].filter(one => one.textContent.startsWith(section + "("));
+    found.pop()?.scrollIntoView();
+    return document.body.textContent.includes(chart);
+})"""
+"""Scrolls to a section; whether a chart is drawn, which it is once it comes into sight."""
 OUT = ROOT / "benchmarks" / "pages"
 LARGEST = 200_000
 WIDTH = 1440
@@ -123,9 +129,11 @@ def shoot(work: Path, server: MlflowServer) -> None:
         picture(browser, "settings")
         browser.open(work / "audit" / "page.html")
         picture(browser, "audit")
-        browser.visit(f"{run}/model-metrics", "rejection (", "digits (rejection/rejected)")
+        browser.visit(f"{run}/model-metrics", "rejection(", "val(")
+        browser.until(f"{DOWN_TO}('rejection', 'digits (rejection/rejected)')", "the chart of rejected labels")
         picture(browser, "charts")
-        browser.visit(charts, "sweep-0001", "val/map")
+        browser.visit(charts, "sweep-0001 (groups/G1)")
+        browser.until(f"{DOWN_TO}('val', 'sweep-0001 (val/map)')", "the chart of validation")
         picture(browser, "trials")
 
 

@@ -56,6 +56,7 @@ class MlflowServer:
         self.folder = folder
         self._database = database or f"sqlite:///{folder}/server.db"
         with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server: just closed is free
             probe.bind(("127.0.0.1", port))
             self.port = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
