@@ -25,7 +25,7 @@ def ray() -> Iterator[Any]:
     os.environ.pop("RAY_ADDRESS", None)
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray
     ray.shutdown()
 
