@@ -29,7 +29,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def head(checkout: Path) -> Iterator[dict[str, str]]:
-    os.environ.update(QUIET)
+    # After three seconds, by default, Ray kills a job that is to stop; a busy machine takes longer to say so and end.
+    os.environ.update(QUIET | {"RAY_JOB_STOP_WAIT_TIME_S": "30"})
     with ray_head(checkout, cpus=2) as found:
         yield environment(**found)
 
