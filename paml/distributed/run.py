@@ -35,6 +35,7 @@ from paml.training.checkpoint import committed
 from paml.training.data import RunData, Split, open_data
 from paml.training.loop import Result, Watcher, pairs_path, run_folder_of, terminal_bar, train
 from paml.training.meter import say_places
+from paml.training.reject_rate import with_reject_rate
 from paml.training.score_run import load_model
 from paml.training.settings import TrainSettings, at_absolute_paths, flatten, refuse_other_settings
 from paml.training.watched import kept_maps, watched_labels
@@ -82,6 +83,7 @@ def train_run(
     """
     run_folder = run_folder_of(settings)
     data = open_data(settings.data)
+    settings = with_reject_rate(settings, data, say)
     claim_run(settings, run_folder)
     journal = Journal(run_folder, "driver")
     follower = sampler = None

@@ -28,7 +28,7 @@ from paml.losses.fused import DenseSignedLoss, SparseSignedLoss
 from paml.losses.memory import Memory, Scope
 from paml.losses.registry import LOSSES
 from paml.losses.select import RejectGroup, check_inputs, select_by_partition, select_rejected
-from paml.losses.settings import LossSettings, check_reject_rate, reject_rate, rejects_in
+from paml.losses.settings import LossSettings, check_reject_rate, fitted_step, reject_rate, rejects_in
 
 __all__ = [
     "LOSSES",
@@ -40,6 +40,7 @@ __all__ = [
     "Scope",
     "build_memory",
     "check_reject_rate",
+    "fitted_step",
     "partial_label_loss",
     "per_label_loss",
     "reject_rate",

@@ -118,6 +118,11 @@ class Loss:
     needs_memory: bool = False
     """Whether the loss cannot be computed without what its memory recalls."""
 
+    @property
+    def by_rate(self) -> bool:
+        """Whether it rejects at `rate`, by `reject_rate_step`."""
+        return self.rejects and self.select is None
+
     def settings_in(self, all_settings: object) -> Any:
         """The loss's own settings, None where it has none."""
         return None if self.settings is None else getattr(all_settings, self.settings)

@@ -29,9 +29,10 @@ class LossSettings:
     name: str = "ll-r"
     """an, iu, full, ll-r, ll-ct, ll-cp, wan, an-ls, epr, asl, p-asl-ignore, p-asl-negative, p-asl-selective, em, hill,
     splc, gr, role, em-apl or curriculum: the keys of `paml.losses.LOSSES`."""
-    reject_rate_step: float = 0.002
+    reject_rate_step: float | None = None
     """Share of a pool's labels by which rejection grows each epoch after the first; LL-Cp rejects this share every
-    epoch. A fraction, never percent. It is read as the decimal that is written: 0.001 is exactly 1/1000."""
+    epoch. A fraction, never percent. It is read as the decimal that is written: 0.001 is exactly 1/1000. null fits it
+    to the data: the last epoch then rejects as many labels an image as positives are expected unobserved."""
     reject_of: Literal["unobserved", "all"] = "unobserved"
     """What the rate is a share of: the unobserved labels, as the papers write, or all entries, as their code does."""
     reject_pool: int | None = None
@@ -75,10 +76,10 @@ class LossSettings:
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
             raise SettingsError(f"loss.name is {self.name!r}; allowed are {', '.join(LOSSES)}")
-        if not 0 <= self.reject_rate_step <= 1:
+        if self.reject_rate_step is not None and not 0 <= self.reject_rate_step <= 1:
             raise SettingsError(
                 f"loss.reject_rate_step is {self.reject_rate_step}; it is a fraction from 0 to 1 "
-                "(half a percent is 0.005)"
+                "(half a percent is 0.005), or null to have it fitted"
             )
         if self.reject_of not in ("unobserved", "all"):
             raise SettingsError(f"loss.reject_of is {self.reject_of!r}; allowed are unobserved, all")
@@ -104,16 +105,33 @@ class LossSettings:
 
 @lru_cache(maxsize=256)
 def reject_rate(settings: LossSettings, epoch: int) -> Fraction:
-    """The exact share of a pool to reject in an epoch (counted from 1): 0 in epoch 1, never above 1."""
+    """The exact share of a pool to reject in an epoch (counted from 1): 0 in epoch 1, never above 1.
+
+    Raises ValueError where a loss that goes by the rate has none yet.
+    """
     if epoch < 1:
         raise ValueError(f"epoch is {epoch}; epochs are counted from 1")
-    return LOSSES[settings.name].rate(Fraction(str(settings.reject_rate_step)), epoch)
+    loss = LOSSES[settings.name]
+    if settings.reject_rate_step is None and loss.by_rate:
+        raise ValueError(f"{settings.name} needs a reject_rate_step: set it, or fit it to the data by `fitted_step`")
+    return loss.rate(Fraction(str(settings.reject_rate_step or 0)), epoch)
+
+
+def fitted_step(*, epochs: int, labels_per_image: float, unobserved_positives_per_image: float) -> float:
+    """The `reject_rate_step` with which the last epoch rejects as many labels as there are false negatives.
+
+    epochs: of the run, the warm-up among them. labels_per_image: those of an image that the rate is a share of: its
+    unobserved ones, or all K. unobserved_positives_per_image: what is expected. Two digits, at most 1. LL-Cp's
+    corrections add up to the same number.
+    """
+    share = unobserved_positives_per_image / max(labels_per_image, 1e-9)
+    return min(1.0, float(f"{share / max(1, epochs - 1):.1e}"))
 
 
 def rejects_in(settings: LossSettings, epoch: int) -> bool:
     """Whether the loss may choose labels in an epoch (counted from 1)."""
     loss = LOSSES[settings.name]
-    return loss.rejects and (loss.select is not None or reject_rate(settings, epoch) > 0)
+    return loss.rejects and (not loss.by_rate or reject_rate(settings, epoch) > 0)
 
 
 def check_reject_rate(
@@ -126,7 +144,7 @@ def check_reject_rate(
     in another way than by a rate (SPLC, P-ASL, curriculum) are not judged.
     """
     loss = LOSSES[settings.name]
-    if not loss.rejects or loss.select is not None or epochs < 2:
+    if not loss.by_rate or epochs < 2:
         return None
     last = reject_rate(settings, epochs)
     rate = min(last * (epochs - 1), Fraction(1)) if loss.corrects else last

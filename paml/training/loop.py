@@ -18,7 +18,7 @@ from paml import storage
 from paml.data.loader import Loader
 from paml.data.plan import EpochPlan
 from paml.errors import CheckpointError, NonFiniteLossError, SettingsError
-from paml.losses import LOSSES, check_reject_rate
+from paml.losses import LOSSES
 from paml.metrics import Pairs, Scores, scores, write_pairs
 from paml.models.cam import CamClassifier, build_model, set_training
 from paml.reading import read_facts, reading
@@ -35,6 +35,7 @@ from paml.training.data import RunData, Split, eval_loader, loss_memory, open_da
 from paml.training.evaluate import score_pairs
 from paml.training.features import with_features
 from paml.training.meter import PLACE, Meter, Usage
+from paml.training.reject_rate import rate_warning, with_reject_rate
 from paml.training.rejected import keep_rejected
 from paml.training.settings import TrainSettings, refuse_other_settings
 from paml.training.state import (
@@ -79,6 +80,9 @@ class _NoProgress:
     def update(self, n: int) -> None: ...
 
     def close(self) -> None: ...
+
+
+def _unheard(line: str) -> None: ...
 
 
 def _no_bar(title: str, images: int) -> Progress:
@@ -176,6 +180,7 @@ def train(settings: TrainSettings, world: World, watcher: Watcher, last_epoch: i
         keep_memory()
     run_folder = run_folder_of(settings)
     data = open_data(settings.data)
+    settings = with_reject_rate(settings, data, watcher.say if world.first else _unheard)
     plan_steps = EpochPlan(data.train.samples.index, settings.batch_size).steps
     model = build_model(settings.model, len(data.classes), seed=settings.seed)
     state = new_state(settings, world, model, len(data.classes), plan_steps)
@@ -274,25 +279,9 @@ def _describe(state: TrainState, data: RunData, watcher: Watcher) -> None:
         f"{data.image_size} px, {state.steps_per_epoch} steps of {settings.batch_size} an epoch, "
         f"{state.world.size} worker(s) on {state.world.device.type} in {computed}"
     )
-    expected = _unobserved_positives(split, data.validation)
-    warning = check_reject_rate(
-        settings.loss,
-        epochs=settings.epochs,
-        num_classes=state.num_classes,
-        unobserved_positives_per_image=expected,
-    )
+    warning = rate_warning(settings, data)
     if warning:
         watcher.say(f"warning: {warning}")
-
-
-def _unobserved_positives(split: Split, validation: Split) -> float:
-    """Positives an image that training does not see: of the truth, else as many as validation shows.
-
-    Validation labels may be partial too; the figure is then a lower bound, which makes the warning stricter.
-    """
-    observed = split.table.class_counts()[0].sum() / max(1, split.table.num_images)
-    full = split.truth if split.truth is not None else validation.table
-    return max(0.0, float(full.class_counts()[0].sum() / max(1, full.num_images) - observed))
 
 
 def _train_epoch(state: TrainState, data: RunData, run_folder: str, probe: float, watcher: Watcher) -> None:

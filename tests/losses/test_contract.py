@@ -266,7 +266,9 @@ def test_masked_equals_subset(name):
     logits, state = batch(name)
     # A term of the whole batch is zero where the expected positives are what they are expected to be.
     positives = float(torch.sigmoid(logits).sum(1).mean())
-    settings = LossSettings(name=name, epr=EPRSettings(expected_positives=positives), p_asl=PASLSettings(top_k=0))
+    settings = LossSettings(
+        name=name, reject_rate_step=0.002, epr=EPRSettings(expected_positives=positives), p_asl=PASLSettings(top_k=0)
+    )
     own, epoch = loss.settings_in(settings), Epoch(1, EPOCHS)
     output, grad = run(name, logits, state, epoch=1, divisor=1, epr=settings.epr, p_asl=settings.p_asl)
     recalled = recalled_of(name, logits, state)
@@ -320,7 +322,7 @@ def test_second_backward_equals_the_first(name):
     output = partial_label_loss(
         x,
         state,
-        settings=LossSettings(name=name),
+        settings=LossSettings(name=name, reject_rate_step=0.002),
         epoch=2,
         epochs=EPOCHS,
         divisor=3,
@@ -344,7 +346,7 @@ def test_nothing_waits_for_a_device(name, reject_pool, within):
     output = partial_label_loss(
         logits,
         state,
-        settings=LossSettings(name=name, reject_pool=reject_pool, reject_within=within),
+        settings=LossSettings(name=name, reject_rate_step=0.002, reject_pool=reject_pool, reject_within=within),
         epoch=2,
         epochs=EPOCHS,
         divisor=3,
@@ -363,7 +365,7 @@ def test_correction_waits_for_no_device():
     output = partial_label_loss(
         logits,
         state,
-        settings=LossSettings(correct_after=2, reject_by="averaged"),
+        settings=LossSettings(reject_rate_step=0.002, correct_after=2, reject_by="averaged"),
         epoch=2,
         divisor=3,
         slots_B=torch.arange(12, device="meta"),

@@ -34,7 +34,7 @@ def loss_of(logits, state, *, epoch=3, epochs: int | None = 8, batch_size=None, 
     output = partial_label_loss(
         x,
         torch.tensor(state, dtype=torch.int8),
-        settings=LossSettings(**settings),
+        settings=LossSettings(**{"reject_rate_step": 0.002} | settings),
         epoch=epoch,
         epochs=epochs,
         divisor=batch_size * x.shape[1],
