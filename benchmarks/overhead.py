@@ -2,12 +2,13 @@
 
 python benchmarks/overhead.py [--config jobs/recipes/coco18.yaml] [--epochs 4] [any setting of a training]
 
-After each epoch of the run (shards, decoding, journal, MLflow, checkpoints; in this process, without Ray) the same
-steps are done by a second network over batches that lie in memory, with nothing around them. Prints for each epoch
-images a second of both, the run's share of the bare rate, and the shares of the time that waits for batches and for
-checkpoints; the medians leave out the first epoch. Then the seconds that one checkpoint of a ResNet-101 with 5,000
-classes and Adam takes, and their share of the interval of `jobs/recipes/openimages_v3.yaml` at the 1,100 images a
-second that it expects.
+Every so many steps the run (shards, decoding, journal, MLflow, checkpoints; in this process, without Ray) stands still
+while a second network does the same step over batches that lie in memory, with nothing around it: so both meet the
+same state of the machine. What the loader reads ahead meanwhile is at most a tenth of what the run needs. Prints for
+each epoch images a second of both, the run's share of the bare rate, and the shares of the time that waits for batches
+and for checkpoints; the medians leave out the first epoch. Then the seconds that one checkpoint of a ResNet-101 with
+5,000 classes and Adam takes, and their share of the interval of `jobs/recipes/openimages_v3.yaml` at the 1,100 images
+a second that it expects.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from paml.cli import read_settings
 from paml.distributed.run import train_run
 from paml.models import ModelSettings
 from paml.models.cam import build_model, set_training
+from paml.shards.cache import Traffic
 from paml.tracking import Journal
 from paml.training.checkpoint import write_checkpoint
 from paml.training.data import open_data, train_loader
@@ -37,26 +39,31 @@ from paml.training.step import train_step
 from paml.training.world import World
 
 RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
-STEPS = 40
+EVERY, STEPS = 40, 20
+"""Steps of the run between two stretches of the bare step, and the length of these."""
 V3_INTERVAL_SECONDS = 2000 * 128 / 1100
 
 
-class Kept(Meter):
-    """A meter that remembers what it has given out, the epoch's last checkpoint included."""
+class Paired(Meter):
+    """A meter that remembers an epoch of the run, and stops its clock for stretches of the bare step."""
 
-    def __init__(self) -> None:
+    def __init__(self, bare: "Bare") -> None:
         super().__init__()
-        self.published: list[Usage] = []
+        self.bare, self.used, self.steps = bare, Usage(), 0
 
     def publish(self, used: Usage) -> None:
-        self.published.append(used)
+        self.used.add(used)
+
+    def step(self, images: int, traffic: Traffic) -> None:
+        super().step(images, traffic)
+        self.steps += 1
+        if self.steps % EVERY == EVERY // 2:
+            self.bare.stretch()
+            self._ticked = time.monotonic()
 
     def take(self) -> Usage:
-        total = Usage()
-        for used in self.published:
-            total.add(used)
-        self.published = []
-        return total
+        used, self.used = self.used, Usage()
+        return used
 
 
 def bare_steps(settings: TrainSettings) -> "Bare":
@@ -73,16 +80,24 @@ def bare_steps(settings: TrainSettings) -> "Bare":
 class Bare:
     state: object
     batches: list
+    images: int = 0
+    seconds: float = 0.0
 
-    def rate(self) -> float:
-        """Images a second over so many steps."""
+    def stretch(self) -> None:
+        """So many steps, on its own clock."""
         set_training(self.state.model, self.state.settings.model)  # pyright: ignore[reportAttributeAccessIssue]
-        begun, images = time.perf_counter(), 0
+        begun = time.perf_counter()
         for number in range(STEPS):
             batch = self.batches[number % len(self.batches)]
             train_step(self.state, batch, last=False)  # pyright: ignore[reportArgumentType]
-            images += len(batch)
-        return images / (time.perf_counter() - begun)
+            self.images += len(batch)
+        self.seconds += time.perf_counter() - begun
+
+    def take_rate(self) -> float:
+        """Images a second since it was asked last."""
+        rate = self.images / self.seconds
+        self.images, self.seconds = 0, 0.0
+        return rate
 
 
 def checkpoint_seconds() -> tuple[float, float]:
@@ -112,12 +127,14 @@ def main() -> None:
         run = dataclasses.replace(settings.run, storage=folder, name="overhead", mlflow=True)
         workers = dataclasses.replace(settings.workers, num_workers=0)
         settings = at_absolute_paths(dataclasses.replace(settings, run=run, workers=workers), str(Path.cwd()))
-        bare, meter, rows = bare_steps(settings), Kept(), []
-        bare.rate()
+        bare, rows = bare_steps(settings), []
+        bare.stretch()
+        bare.take_rate()
+        meter = Paired(bare)
 
         def compare(figures: dict[str, float]) -> None:
             used = meter.take()
-            whole, alone = used.images / used.seconds, bare.rate()
+            whole, alone = used.images / used.seconds, bare.take_rate()
             rows.append((whole / alone, used.waited_seconds / used.seconds, used.checkpoint_seconds / used.seconds))
             print(
                 f"epoch {len(rows)}: run {whole:.1f}, bare step {alone:.1f} images/s: {whole / alone:.1%}; waiting for "
