@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -31,9 +32,9 @@ def free_ports(count: int) -> list[int]:
 def ray_head(folder: Path, *, cpus: int | None = None, start_seconds: float = 240.0) -> Iterator[dict[str, str]]:
     """Start a head with `folder` as its working directory; yields the environment in which jobs find it.
 
-    Dashboard and job API listen on 127.0.0.1 alone, Ray's other ports on every address of the machine. On leaving, this
-    head and its workers are stopped and no other Ray. Raises RuntimeError, with what Ray said, where it does not come
-    up in time.
+    Dashboard and job API listen on 127.0.0.1 alone, but Ray's other ports on every address of the machine. So all of
+    them ask for a token, which is made for this head and stands in that environment. On leaving, this head and its
+    workers are stopped and no other Ray. Raises RuntimeError, with what Ray said, where it does not come up in time.
     """
     head = LocalHead(folder, cpus=cpus)
     try:
@@ -44,7 +45,7 @@ def ray_head(folder: Path, *, cpus: int | None = None, start_seconds: float = 24
 
 
 class LocalHead:
-    """A head whose ports and temporary folder stay the same when it is started again.
+    """A head whose ports, token and temporary folder stay the same when it is started again.
 
     options: more of `ray start`'s. variables: more of its environment than this process has.
     """
@@ -61,7 +62,8 @@ class LocalHead:
         self._folder = folder
         self._temporary = tempfile.mkdtemp(prefix="paml-ray-")
         self._url = f"http://127.0.0.1:{dashboard}"
-        self._environment = node_environment() | dict(variables or {})
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self._environment = node_environment() | token | dict(variables or {})
         self._command = [
             *ray_start("--head"), f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
             f"--ray-client-server-port={client}", f"--temp-dir={self._temporary}", *options,
@@ -88,7 +90,7 @@ class LocalHead:
                 start_new_session=True,
             )
         deadline = time.monotonic() + seconds
-        while not _answers(f"{self._url}/api/jobs/"):
+        while not _answers(f"{self._url}/api/jobs/", self._environment.get("RAY_AUTH_TOKEN", "")):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"Ray did not start within {seconds:g} s:\n{log.read_text()[-2000:]}")
             time.sleep(0.3)
@@ -119,9 +121,10 @@ def node_environment() -> dict[str, str]:
     return environment
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, token: str) -> bool:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     try:
-        with urllib.request.urlopen(url, timeout=2):
+        with urllib.request.urlopen(request, timeout=2):
             return True
     except (urllib.error.URLError, OSError):
         return False

@@ -65,8 +65,9 @@ def test_the_recipe_is_prepared_by_a_submitted_job(head: dict[str, str], checkou
     ray_job(head, checkout, "stop", "to-be-stopped")
     _, logs = ray_job(head, checkout, "logs", "to-be-stopped")
     finished = "prepared: give data.root" in logs
-    assert finished or "stopped; the same command goes on where this one stood" in logs
-    assert "Traceback" not in logs
+    if not finished:  # one that comes too late meets Ray's own handler, in the midst of Ray's end
+        assert "stopped; the same command goes on where this one stood" in logs
+        assert "Traceback" not in logs
 
     status, said = ray_job(head, checkout, *submit, "--", *job)
     assert status == 0, said
