@@ -32,7 +32,7 @@ class LossSettings:
     reject_rate_step: float | None = None
     """Share of a pool's labels by which rejection grows each epoch after the first; LL-Cp rejects this share every
     epoch. A fraction, never percent. It is read as the decimal that is written: 0.001 is exactly 1/1000. null fits it
-    to the data: the last epoch then rejects as many labels an image as positives are expected unobserved."""
+    to the data: a mean epoch after the first rejects as many labels as positives are expected unobserved."""
     reject_of: Literal["unobserved", "all"] = "unobserved"
     """What the rate is a share of: the unobserved labels, as the papers write, or all entries, as their code does."""
     reject_pool: int | None = None
@@ -117,15 +117,23 @@ def reject_rate(settings: LossSettings, epoch: int) -> Fraction:
     return loss.rate(Fraction(str(settings.reject_rate_step or 0)), epoch)
 
 
-def fitted_step(*, epochs: int, labels_per_image: float, unobserved_positives_per_image: float) -> float:
-    """The `reject_rate_step` with which the last epoch rejects as many labels as there are false negatives.
+def fitted_step(name: str, *, epochs: int, labels_per_image: float, unobserved_positives_per_image: float) -> float:
+    """The `reject_rate_step` with which a loss rejects as many labels as there are false negatives.
 
-    epochs: of the run, the warm-up among them. labels_per_image: those of an image that the rate is a share of: its
-    unobserved ones, or all K. unobserved_positives_per_image: what is expected. Two digits, at most 1. LL-Cp's
-    corrections add up to the same number.
+    LL-R and LL-Ct do so in the mean of the epochs after the first, so that the last one rejects nearly twice as many;
+    what LL-Cp corrects adds up to them by the last. epochs: of the run, the warm-up among them. labels_per_image: those
+    of an image that the rate is a share of: its unobserved ones, or all K. unobserved_positives_per_image: what is
+    expected. Two digits, rounded down, at most 1.
     """
     share = unobserved_positives_per_image / max(labels_per_image, 1e-9)
-    return min(1.0, float(f"{share / max(1, epochs - 1):.1e}"))
+    step = share / max(1, epochs - 1) if LOSSES[name].corrects else 2 * share / epochs
+    return min(1.0, _two_digits(step))
+
+
+def _two_digits(value: float) -> float:
+    """`value`, rounded down to what a person would write; not above 0 it is 0."""
+    digits = 1 - math.floor(math.log10(value)) if value > 0 else 1
+    return math.floor(value * 10**digits) / 10**digits
 
 
 def rejects_in(settings: LossSettings, epoch: int) -> bool:
@@ -135,28 +143,26 @@ def rejects_in(settings: LossSettings, epoch: int) -> bool:
 
 
 def check_reject_rate(
-    settings: LossSettings, *, epochs: int, num_classes: int, unobserved_positives_per_image: float
+    settings: LossSettings, *, epochs: int, labels_per_image: float, unobserved_positives_per_image: float
 ) -> str | None:
     """A warning where more than twice the positives expected unobserved in an image would be rejected, else None.
 
-    `unobserved_positives_per_image`: what is expected, for example the mean number of objects in an image less its
-    observed positives. LL-Cp's corrections add up over epochs, so the sum of its rates is judged. Losses that choose
-    in another way than by a rate (SPLC, P-ASL, curriculum) are not judged.
+    labels_per_image, unobserved_positives_per_image: as for `fitted_step`. LL-Cp's corrections add up over epochs, so
+    the sum of its rates is judged. Losses that choose in another way than by a rate (SPLC, P-ASL, curriculum) are not
+    judged.
     """
     loss = LOSSES[settings.name]
     if not loss.by_rate or epochs < 2:
         return None
     last = reject_rate(settings, epochs)
     rate = min(last * (epochs - 1), Fraction(1)) if loss.corrects else last
-    rejected = float(rate) * num_classes
+    rejected = float(rate) * labels_per_image
     if rejected <= 2 * unobserved_positives_per_image:
         return None
-    at_most = 2 * unobserved_positives_per_image / num_classes / (epochs - 1)
-    digits = 1 - math.floor(math.log10(at_most)) if at_most > 0 else 1
-    fitting = math.floor(at_most * 10**digits) / 10**digits
+    fitting = _two_digits(2 * unobserved_positives_per_image / labels_per_image / (epochs - 1))
     return (
         f"loss.reject_rate_step {settings.reject_rate_step:g} rejects {rejected:.3g} labels an image by epoch {epochs} "
-        f"({float(rate):.3g} of {num_classes} classes), more than twice the {unobserved_positives_per_image:.3g} "
+        f"({float(rate):.3g} of {labels_per_image:,.5g}), more than twice the {unobserved_positives_per_image:.3g} "
         f"positives expected unobserved in an image: most of them would be true negatives. "
         f"A step of {fitting:.2g} or less fits"
     )

@@ -1,12 +1,13 @@
 """How many labels rejection should take: as many as there are false negatives, going by what validation shows.
 
 The fuller labels of validation say how many positives an image has, those of training how many are observed; the rest
-are false negatives under AN, and their share of the unobserved labels is the rate at which rejection should end. The
-papers sweep that rate on validation (Kim et al., CVPR 2022), at the price of a training for each value.
+are false negatives under AN, and their share of the unobserved labels is the rate that rejection should have. The
+papers sweep it on validation (Kim et al., CVPR 2022), at the price of a training for each value.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 from paml.errors import SettingsError
 from paml.losses import LOSSES, check_reject_rate, fitted_step
@@ -17,62 +18,69 @@ from paml.training.settings import TrainSettings
 def with_reject_rate(settings: TrainSettings, data: RunData, say: Callable[[str], None]) -> TrainSettings:
     """The settings with a `loss.reject_rate_step` that fits the data, where it is null and the loss goes by it.
 
-    In the last epoch as many labels an image are rejected as positives are expected unobserved. The same data give the
-    same step, so that a resumed run finds its own. `say` hears how it was come by. Raises SettingsError where nothing
-    can be expected.
+    As many labels are rejected as positives are expected unobserved, in a mean epoch after the first (`fitted_step`).
+    The same data give the same step, so that a resumed run finds its own. `say` hears how it was come by. Raises
+    SettingsError where nothing can be expected.
     """
     loss = settings.loss
     if loss.reject_rate_step is not None or not LOSSES[loss.name].by_rate:
         return settings
-    observed, present = _labels_per_image(data)
-    expected = present - observed.positives
-    if expected <= 0:
+    expected = _expected(data, loss.reject_of)
+    if expected.unobserved_positives <= 0:
         raise SettingsError(
-            f"loss.reject_rate_step is null, to be fitted to the data, but validation shows {present:.3g} positives an "
-            f"image, no more than the {observed.positives:.3g} that training observes: there would be nothing to "
-            "reject. Set it (a share of the unobserved labels: 0.002 suits 20 classes, 0.0001 some thousands), or take "
-            "validation labels that are fuller"
+            f"loss.reject_rate_step is null, to be fitted to the data, but validation shows {expected.present:.3g} "
+            f"positives an image, no more than the {expected.observed:.3g} that training observes: there would be "
+            "nothing to reject. Set it (a share of the unobserved labels: 0.002 suits 20 classes, 0.0001 some "
+            "thousands), or take validation labels that are fuller"
         )
     step = fitted_step(
+        loss.name,
         epochs=settings.epochs,
-        labels_per_image=len(data.classes) - (observed.labels if loss.reject_of == "unobserved" else 0),
-        unobserved_positives_per_image=expected,
+        labels_per_image=expected.labels,
+        unobserved_positives_per_image=expected.unobserved_positives,
     )
     say(
-        f"loss.reject_rate_step {step:g}, fitted to the data: by epoch {settings.all_epochs} as many labels an image "
-        f"are rejected as positives are expected unobserved, {expected:.3g} (validation shows {present:.3g}, training "
-        f"observes {observed.positives:.3g})"
+        f"loss.reject_rate_step {step:g}, fitted to the data: in a mean epoch after the first as many labels an image "
+        f"are rejected as positives are expected unobserved, {expected.unobserved_positives:.3g} (validation shows "
+        f"{expected.present:.3g}, training observes {expected.observed:.3g})"
     )
     return dataclasses.replace(settings, loss=dataclasses.replace(loss, reject_rate_step=step))
 
 
 def rate_warning(settings: TrainSettings, data: RunData) -> str | None:
     """Of a rate that would reject too much of these data, else None."""
-    observed, present = _labels_per_image(data)
+    expected = _expected(data, settings.loss.reject_of)
     return check_reject_rate(
         settings.loss,
         epochs=settings.epochs,
-        num_classes=len(data.classes),
-        unobserved_positives_per_image=max(0.0, present - observed.positives),
+        labels_per_image=expected.labels,
+        unobserved_positives_per_image=max(0.0, expected.unobserved_positives),
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Observed:
-    """Of the training labels, a mean image's."""
+class _Expected(NamedTuple):
+    """Of a mean training image."""
 
-    positives: float
+    observed: float
+    """Positives."""
+    present: float
+    """Positives, observed or not."""
     labels: float
+    """What a rate is a share of."""
+
+    @property
+    def unobserved_positives(self) -> float:
+        return self.present - self.observed
 
 
-def _labels_per_image(data: RunData) -> tuple[_Observed, float]:
-    """What training observes in a mean image, and the positives that one has by the validation labels.
+def _expected(data: RunData, reject_of: str) -> _Expected:
+    """From what training observes and validation shows.
 
-    Not by full labels of the training images, where there are any: those are there to judge by. Validation labels may
+    Not from full labels of the training images, where there are any: those are there to judge by. Validation labels may
     be partial too; the positives are then a lower bound, and the rate that is fitted is cautious.
     """
     table, full = data.train.table, data.validation.table
-    positives, negatives = (float(counts.sum()) for counts in table.class_counts())
-    images = max(1, table.num_images)
+    positives, negatives = (float(counts.sum()) / max(1, table.num_images) for counts in table.class_counts())
     present = float(full.class_counts()[0].sum()) / max(1, full.num_images)
-    return _Observed(positives / images, (positives + negatives) / images), present
+    unobserved = table.num_classes - positives - negatives
+    return _Expected(positives, present, unobserved if reject_of == "unobserved" else table.num_classes)

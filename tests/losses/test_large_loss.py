@@ -117,7 +117,7 @@ def test_rate_is_the_decimal_that_was_written():
 
 def test_warning_where_too_much_is_rejected():
     """At 5,000 classes the small sets' step rejects 225 labels an image by epoch 10; a step of about 1e-4 fits."""
-    expected = {"epochs": 10, "num_classes": 5000, "unobserved_positives_per_image": 5.0}
+    expected = {"epochs": 10, "labels_per_image": 5000, "unobserved_positives_per_image": 5.0}
     text = check_reject_rate(LossSettings(reject_rate_step=0.005), **expected)
     assert text is not None
     assert "rejects 225 labels an image by epoch 10" in text

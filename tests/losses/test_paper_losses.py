@@ -204,7 +204,7 @@ def test_schedule_of_gr():
 def test_losses_that_choose_without_a_rate_are_not_warned_about():
     for name in ("splc", "p-asl-selective", "curriculum"):
         settings = LossSettings(name=name, reject_rate_step=0.5)
-        assert check_reject_rate(settings, epochs=9, num_classes=9, unobserved_positives_per_image=0.1) is None
+        assert check_reject_rate(settings, epochs=9, labels_per_image=9, unobserved_positives_per_image=0.1) is None
 
 
 @pytest.mark.parametrize(
