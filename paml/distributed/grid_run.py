@@ -21,6 +21,7 @@ from paml.shards.tasks import Context, one_line
 from paml.tracking import Journal, read_journal
 from paml.training.data import open_data
 from paml.training.loop import run_folder_of
+from paml.training.reject_rate import with_reject_rate
 from paml.training.score_run import settings_of_run
 from paml.training.settings import refuse_other_settings
 
@@ -31,15 +32,15 @@ _RETRIES = 3
 def check_trainings(trainings: Sequence[Training]) -> None:
     """Raise DataError or SettingsError, before anything is trained, for data that are not there and for folders that
     hold a run of other settings."""
-    checked = set()
+    opened = {}
     for each in trainings:
-        if each.settings.data not in checked:
-            checked.add(each.settings.data)
-            open_data(each.settings.data)
-        folder = run_folder_of(each.settings)
+        if each.settings.data not in opened:
+            opened[each.settings.data] = open_data(each.settings.data)
+        settings = with_reject_rate(each.settings, opened[each.settings.data], lambda line: None)
+        folder = run_folder_of(settings)
         if storage.exists(storage.join(folder, "run.json")):
             try:
-                refuse_other_settings(dataclasses.asdict(settings_of_run(folder)), each.settings)
+                refuse_other_settings(dataclasses.asdict(settings_of_run(folder)), settings)
             except PamlError as error:
                 raise type(error)(f"{folder}: {error}. Or let `storage` be another folder") from error
         else:

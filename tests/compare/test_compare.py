@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +102,20 @@ def test_a_finished_comparison_trains_nothing(compared: Path, prepared: Path, ca
     assert "3 trainings, of which 3 are done" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in compared.glob("*/result.json")} == before
     assert (compared / "comparison" / "table-partial.csv").read_text() == table
+
+
+def test_a_comparison_whose_rate_is_fitted_goes_on_with_the_fitted_one(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    alone: dict[str, Any] = {"below": None, "above": None, "against": None}
+    fitted = {"LL-R": {"loss.name": "ll-r", "loss.reject_rate_step": None}}
+    assert run_compare(tiny_grid(prepared, tmp_path, methods=fitted, **alone)) == 0
+    assert "fitted to the data" in capsys.readouterr().out
+    assert run_compare(tiny_grid(prepared, tmp_path, methods=fitted, **alone)) == 0
+    assert "1 trainings, of which 1 are done" in capsys.readouterr().out
+    another = {"LL-R": {"loss.name": "ll-r", "loss.reject_rate_step": 0.123}}
+    with pytest.raises(SettingsError, match=r"loss\.reject_rate_step: .* then, 0\.123 now"):
+        run_compare(tiny_grid(prepared, tmp_path, methods=another, **alone))
 
 
 def test_stopped_and_failed_trainings(
