@@ -32,7 +32,7 @@ class LossSettings:
     reject_rate_step: float | None = None
     """Share of a pool's labels by which rejection grows each epoch after the first; LL-Cp rejects this share every
     epoch. A fraction, never percent. It is read as the decimal that is written: 0.001 is exactly 1/1000. null fits it
-    to the data: a mean epoch after the first rejects as many labels as positives are expected unobserved."""
+    to the data: on average over the epochs after the first as many are rejected as are expected to be positive."""
     reject_of: Literal["unobserved", "all"] = "unobserved"
     """What the rate is a share of: the unobserved labels, as the papers write, or all entries, as their code does."""
     reject_pool: int | None = None
@@ -120,7 +120,7 @@ def reject_rate(settings: LossSettings, epoch: int) -> Fraction:
 def fitted_step(name: str, *, epochs: int, labels_per_image: float, unobserved_positives_per_image: float) -> float:
     """The `reject_rate_step` with which a loss rejects as many labels as there are false negatives.
 
-    LL-R and LL-Ct do so in the mean of the epochs after the first, so that the last one rejects nearly twice as many;
+    LL-R and LL-Ct do so on average over the epochs after the first, so that the last one rejects nearly twice as many;
     what LL-Cp corrects adds up to them by the last. epochs: of the run, the warm-up among them. labels_per_image: those
     of an image that the rate is a share of: its unobserved ones, or all K. unobserved_positives_per_image: what is
     expected. Two digits, rounded down, at most 1.

@@ -10,17 +10,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from paml.errors import SettingsError
+from paml.labels.states import POSITIVE
 from paml.losses import LOSSES, check_reject_rate, fitted_step
-from paml.training.data import RunData
+from paml.training.data import RunData, Split
 from paml.training.settings import TrainSettings
+
+_BLOCK = 1 << 20
+"""Images looked up at once, for the memory's sake."""
 
 
 def with_reject_rate(settings: TrainSettings, data: RunData, say: Callable[[str], None]) -> TrainSettings:
     """The settings with a `loss.reject_rate_step` that fits the data, where it is null and the loss goes by it.
 
-    As many labels are rejected as positives are expected unobserved, in a mean epoch after the first (`fitted_step`).
-    The same data give the same step, so that a resumed run finds its own. `say` hears how it was come by. Raises
-    SettingsError where nothing can be expected.
+    On average over the epochs after the first as many labels are rejected as positives are expected unobserved
+    (`fitted_step`). The same data give the same step, so that a resumed run finds its own. `say` hears how it was come
+    by. Raises SettingsError where nothing can be expected.
     """
     loss = settings.loss
     if loss.reject_rate_step is not None or not LOSSES[loss.name].by_rate:
@@ -40,9 +44,9 @@ def with_reject_rate(settings: TrainSettings, data: RunData, say: Callable[[str]
         unobserved_positives_per_image=expected.unobserved_positives,
     )
     say(
-        f"loss.reject_rate_step {step:g}, fitted to the data: in a mean epoch after the first as many labels an image "
-        f"are rejected as positives are expected unobserved, {expected.unobserved_positives:.3g} (validation shows "
-        f"{expected.present:.3g}, training observes {expected.observed:.3g})"
+        f"loss.reject_rate_step {step:g}, fitted to the data: on average over the epochs after the first as many "
+        f"labels an image are rejected as positives are expected unobserved, {expected.unobserved_positives:.3g} (validation "
+        f"shows {expected.present:.3g}, training observes {expected.observed:.3g})"
     )
     return dataclasses.replace(settings, loss=dataclasses.replace(loss, reject_rate_step=step))
 
@@ -74,13 +78,21 @@ class _Expected(NamedTuple):
 
 
 def _expected(data: RunData, reject_of: str) -> _Expected:
-    """From what training observes and validation shows.
+    """From what training observes and validation shows, of the images that take part in either.
 
     Not from full labels of the training images, where there are any: those are there to judge by. Validation labels may
     be partial too; the positives are then a lower bound, and the rate that is fitted is cautious.
     """
-    table, full = data.train.table, data.validation.table
-    positives, negatives = (float(counts.sum()) / max(1, table.num_images) for counts in table.class_counts())
-    present = float(full.class_counts()[0].sum()) / max(1, full.num_images)
-    unobserved = table.num_classes - positives - negatives
-    return _Expected(positives, present, unobserved if reject_of == "unobserved" else table.num_classes)
+    positives, labels = _labels_per_image(data.train)
+    present, _ = _labels_per_image(data.validation)
+    num_classes = len(data.classes)
+    return _Expected(positives, present, num_classes - labels if reject_of == "unobserved" else num_classes)
+
+
+def _labels_per_image(split: Split) -> tuple[float, float]:
+    """(positives, positives and negatives) that are observed of a mean image."""
+    rows, positives, labels = split.samples.row[split.samples.row >= 0], 0, 0
+    for start in range(0, len(rows), _BLOCK):
+        state = split.table.lookup(rows[start : start + _BLOCK]).state
+        positives, labels = positives + int((state == POSITIVE).sum()), labels + len(state)
+    return positives / len(split.samples), labels / len(split.samples)

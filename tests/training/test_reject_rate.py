@@ -16,7 +16,7 @@ from paml.losses import LossSettings, check_reject_rate, fitted_step, reject_rat
 from paml.training.data import open_data
 from paml.training.reject_rate import rate_warning, with_reject_rate
 from paml.training.score_run import settings_of_run
-from tests.helpers.prepared import CLASSES, COUNTS, tiny_settings, true_classes
+from tests.helpers.prepared import CLASSES, COUNTS, key_of, tiny_settings, true_classes, write_states
 
 UNSET = {"reject_rate_step": None}
 
@@ -35,7 +35,7 @@ def observed() -> np.ndarray:
     num_classes=st.integers(20, 20_000),
     positives=st.floats(0.05, 9.0),
 )
-def test_a_mean_epoch_rejects_as_many_labels_as_there_are_false_negatives(name, epochs, num_classes, positives):
+def test_as_many_labels_are_rejected_on_average_as_there_are_false_negatives(name, epochs, num_classes, positives):
     step = fitted_step(name, epochs=epochs, labels_per_image=num_classes, unobserved_positives_per_image=positives)
     settings = LossSettings(name=name, reject_rate_step=step)
     rates = [reject_rate(settings, epoch) for epoch in range(2, epochs + 1)]
@@ -71,6 +71,20 @@ def test_it_is_fitted_to_what_validation_shows_and_training_observes(prepared: P
     (line,) = said
     assert line.startswith(f"loss.reject_rate_step {step:g}, fitted to the data: ")
     assert f"{expected:.3g} (validation shows {shown:.3g}, training observes" in line
+
+
+def test_only_images_that_take_part_count(prepared: Path, tmp_path: Path):
+    """Release lists name millions of images without any label; training leaves them out."""
+    root = shutil.copytree(prepared, tmp_path / "data")
+    truth = np.stack([true_classes("train", number) for number in range(COUNTS["train"])])
+    seen = observed()
+    seen[::2] = False
+    (root / "labels" / "train.arrow").unlink()
+    write_states(root / "labels" / "train.arrow", [key_of("train", n) for n in range(len(truth))], truth, seen)
+    said: list[str] = []
+    settings = tiny_settings(root, tmp_path, loss=UNSET)
+    with_reject_rate(settings, open_data(settings.data), said.append)
+    assert f"training observes {(truth & seen)[1::2].sum(1).mean():.3g})" in said[0]
 
 
 def test_full_labels_of_the_training_images_have_no_say(prepared: Path, tmp_path: Path):
