@@ -45,8 +45,8 @@ def with_reject_rate(settings: TrainSettings, data: RunData, say: Callable[[str]
     )
     say(
         f"loss.reject_rate_step {step:g}, fitted to the data: on average over the epochs after the first as many "
-        f"labels an image are rejected as positives are expected unobserved, {expected.unobserved_positives:.3g} (validation "
-        f"shows {expected.present:.3g}, training observes {expected.observed:.3g})"
+        f"labels an image are rejected as positives are expected unobserved, {expected.unobserved_positives:.3g} "
+        f"(validation shows {expected.present:.3g}, training observes {expected.observed:.3g})"
     )
     return dataclasses.replace(settings, loss=dataclasses.replace(loss, reject_rate_step=step))
 
