@@ -32,8 +32,8 @@ help: ## explain the targets
 demo: $(STAMP) ## make pictures of digits, train AN and LL-R + BoostLU on them through Ray, print the scores
 	$(BIN)/python jobs/demo.py $(DEMO_ARGS)
 
-test: $(STAMP) ## run the quick tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(STAMP) ## run the quick tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 check: $(STAMP) ## check the format, the style and the types
 	$(BIN)/ruff format --check .

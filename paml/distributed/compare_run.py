@@ -105,7 +105,7 @@ def tracked(
             if follower is not None:
                 follower.close(timeout=10.0)
             raise
-    if follower is not None and follower.close(timeout=60.0) == 0 and follower.run_id is not None:
+    if follower is not None and follower.close() == 0 and follower.run_id is not None:
         _adopt(children, follower.run_id, follower.tracking_uri)
         shown = without_keys(follower.tracking_uri)
         print(f"MLflow: {shown}, experiment {settings.experiment}, run {follower.run_id}")

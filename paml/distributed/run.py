@@ -125,7 +125,7 @@ def train_run(
             if follower is not None:
                 follower.close(timeout=10.0)
             raise
-    return follower if follower is not None and follower.close(timeout=60.0) == 0 else None
+    return follower if follower is not None and follower.close() == 0 else None
 
 
 def claim_run(settings: TrainSettings, run_folder: str) -> None:

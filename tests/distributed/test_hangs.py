@@ -78,9 +78,9 @@ def test_a_ray_that_is_not_there_is_named_in_bounded_time():
 def test_a_stopped_worker_is_named_and_leaves_the_same_bits(tmp_path: Path):
     data = prepare_scenes(write_scenes(tmp_path / "scenes"), tmp_path / "data")
     runs, ray = tmp_path / "runs", OwnRay()
+    whole = unbroken(data, runs, 2, epochs=2)
     ray.start()
     try:
-        whole = unbroken(data, runs, 2, ray, epochs=2)
         options = [*hard_options(data, runs, "stopped", 2, epochs=2), "--workers.collective_timeout_seconds", "30"]
         with train_job(options, tmp_path / "stopped.log", env=ray.environment) as job:
             job.until(lambda: newest_step(runs / "stopped") >= 3, "a checkpoint")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers.heads import head_and_nodes, processes, tell_to_end
 from tests.helpers.jobs import WORKER, gone, named, newest_step, prepare_scenes, write_scenes
-from tests.helpers.kills import STEPS, differing, final_tensors, hard_options
+from tests.helpers.kills import STEPS, differing, final_tensors, hard_options, unbroken
 
 
 @pytest.mark.slow
@@ -15,16 +15,12 @@ from tests.helpers.kills import STEPS, differing, final_tensors, hard_options
 def test_a_run_outlives_the_head_and_ends_with_the_same_bits(tmp_path: Path) -> None:
     data, runs = prepare_scenes(write_scenes(tmp_path / "scenes"), tmp_path / "data"), tmp_path / "runs"
     epochs = 40
-
-    def options(name: str) -> list[str]:
-        return [*hard_options(data, runs, name, 2, epochs), "--workers.cpus_per_worker", "1"]
-
+    whole = unbroken(data, runs, 2, epochs)
     with head_and_nodes(tmp_path) as cluster:
         cluster.add("--num-cpus=2", '--resources={"driver": 1}')
         cluster.add("--num-cpus=1")
-        whole = cluster.submit("whole", *options("whole"))
-        assert whole.wait() == "SUCCEEDED", whole.output
-        lost = cluster.submit("lost", *options("lost"))
+        options = hard_options(data, runs, "lost", 2, epochs)
+        lost = cluster.submit("lost", *options, "--workers.cpus_per_worker", "1")
         lost.until(lambda: newest_step(runs / "lost") >= STEPS, "the first epoch")
         assert len(named(cluster.processes(), WORKER)) == 2
         begun = time.monotonic()
@@ -45,7 +41,7 @@ def test_a_run_outlives_the_head_and_ends_with_the_same_bits(tmp_path: Path) -> 
     print(f"checkpoint {to_checkpoint:.1f} s after the head's death; back after {away:.1f} s, at step {at_return}")
     assert "restart 1 of" not in said
     assert newest_step(runs / "lost") == epochs * STEPS
-    assert differing(final_tensors(runs / "whole"), final_tensors(runs / "lost")) == []
+    assert differing(whole, final_tensors(runs / "lost")) == []
 
 
 @pytest.mark.soak

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.jobs import newest_step, prepare_scenes, tiny_options, train_job, write_scenes
-from tests.helpers.kills import STEPS, differing, final_tensors, hard_options
+from tests.helpers.kills import STEPS, differing, final_tensors, hard_options, unbroken
 from tests.helpers.nodes import nodes
 
 
@@ -17,53 +17,46 @@ from tests.helpers.nodes import nodes
 @pytest.mark.timeout(900)
 def test_a_run_outlives_the_nodes_that_it_began_on_and_ends_with_the_same_bits(tmp_path: Path) -> None:
     data, runs = prepare_scenes(write_scenes(tmp_path / "scenes"), tmp_path / "data"), tmp_path / "runs"
-    with nodes(2) as cluster:
-        with train_job(hard_options(data, runs, "whole", 2, 2), tmp_path / "whole.log", env=cluster.environment) as job:
-            job.until(lambda: newest_step(runs / "whole") > 0, "a checkpoint")
-            assert len(cluster.at_work()) == 2
-            cluster.add()
-            assert job.wait() == 0, job.output
-        with train_job(hard_options(data, runs, "lost", 2, 2), tmp_path / "lost.log", env=cluster.environment) as job:
-            job.until(lambda: newest_step(runs / "lost") >= 3, "step 3")
-            cluster.kill(cluster.at_work()[-1])
-            cluster.add()
-            job.until(lambda: newest_step(runs / "lost") >= 6, "step 6, on the node that was spare")
-            cluster.pause(cluster.at_work()[0])
-            assert job.wait() == 0, job.output
-            said = job.output
+    whole = unbroken(data, runs, 2, epochs=2)
+    options = hard_options(data, runs, "lost", 2, 2)
+    with nodes(3) as cluster, train_job(options, tmp_path / "lost.log", env=cluster.environment) as job:
+        job.until(lambda: newest_step(runs / "lost") >= 3, "step 3")
+        assert len(cluster.at_work()) == 2
+        cluster.kill(cluster.at_work()[-1])
+        cluster.add()
+        job.until(lambda: newest_step(runs / "lost") >= 6, "step 6, on the node that was spare")
+        cluster.pause(cluster.at_work()[0])
+        assert job.wait() == 0, job.output
+        said = job.output
     assert newest_step(runs / "lost") == 2 * STEPS
-    assert differing(final_tensors(runs / "whole"), final_tensors(runs / "lost")) == []
+    assert differing(whole, final_tensors(runs / "lost")) == []
     assert "restart 1 of 3 from the newest checkpoint" in said
     assert "restart 2 of 3 from the newest checkpoint" in said
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_run_leaves_a_node_that_is_about_to_go_with_a_checkpoint(tmp_path: Path) -> None:
     data, runs = prepare_scenes(write_scenes(tmp_path / "scenes"), tmp_path / "data"), tmp_path / "runs"
     epochs = 30  # of less than a second each, and the notice takes five to be heard
     options = [*hard_options(data, runs, "moved", 2, epochs), "--checkpoint.every_steps", "100000"]
-    with nodes(2) as cluster:
-        with train_job(options, tmp_path / "moved.log", env=cluster.environment) as job:
-            job.until(lambda: newest_step(runs / "moved") >= STEPS, "the first epoch")
-            spare, going = cluster.add(), cluster.at_work()[-1]
-            cluster.announce(going, 60)
-            begun = time.monotonic()
-            job.until(lambda: "the workers have left a checkpoint" in job.output, "the workers to leave")
-            seconds = time.monotonic() - begun
-            left_at = newest_step(runs / "moved")
-            job.until(lambda: spare in cluster.at_work(), "workers on the spare node")
-            cluster.kill(going)
-            assert job.wait() == 0, job.output
-            said = job.output
-        whole = [*hard_options(data, runs, "whole", 2, epochs), "--checkpoint.every_steps", "100000"]
-        with train_job(whole, tmp_path / "whole.log", env=cluster.environment) as job:
-            assert job.wait() == 0, job.output
+    with nodes(2) as cluster, train_job(options, tmp_path / "moved.log", env=cluster.environment) as job:
+        job.until(lambda: newest_step(runs / "moved") >= STEPS, "the first epoch")
+        spare, going = cluster.add(), cluster.at_work()[-1]
+        cluster.announce(going, 60)
+        begun = time.monotonic()
+        job.until(lambda: "the workers have left a checkpoint" in job.output, "the workers to leave")
+        seconds = time.monotonic() - begun
+        left_at = newest_step(runs / "moved")
+        job.until(lambda: spare in cluster.at_work(), "workers on the spare node")
+        cluster.kill(going)
+        assert job.wait() == 0, job.output
+        said = job.output
     assert seconds < 30
     assert f"notice that Ray's node {going.node_id[:12]} is about to go" in said
     assert "restart 1 of" not in said
     assert f"going on at epoch {left_at // STEPS + 1}, step {left_at % STEPS} of {STEPS}" in said
-    assert differing(final_tensors(runs / "whole"), final_tensors(runs / "moved")) == []
+    assert differing(unbroken(data, runs, 2, epochs), final_tensors(runs / "moved")) == []
 
 
 @pytest.mark.slow

@@ -167,6 +167,11 @@ def _rejected(batch: Batch, state: TrainState, settings: LossSettings) -> np.nda
     return batch.index[image] * K + cls
 
 
+def finish(rank: int, settings: TrainSettings) -> None:
+    """On each worker: the run to its end, from its newest checkpoint on where there is one."""
+    assert run(settings, world=world_of(rank)) is not None
+
+
 def unbroken_and_resumed(rank: int, whole: TrainSettings, broken: TrainSettings, stops: list[int]) -> None:
     """On each worker: one run to its end; another that is interrupted after each of `stops` batches, then finished."""
     world = world_of(rank)

@@ -77,7 +77,7 @@ def unfinished(sweep: Sweep) -> list[int]:
 
 @dataclasses.dataclass
 class Sweeping:
-    """A sweep that was killed twice (its driver, then the whole of Ray) and came to its end."""
+    """A sweep that was killed and came to its end."""
 
     trials: dict[int, Trial]
     kept: dict[int, Trial]
@@ -85,25 +85,25 @@ class Sweeping:
     interrupted: set[int]
     """Trials that had a checkpoint and were under way when one fell."""
     said: str
-    """Output of the three starts."""
+    """Output of all starts."""
     leaked: list[str]
     """What of the cluster was still taken when all was over, with the names of processes left by the kills."""
     seconds: float
 
 
-def sweep_with_two_kills(settings: Mapping[str, Any], folder: Path, after: tuple[int, int]) -> Sweeping:
-    """Kill the driver once so many trials have ended and another has a checkpoint, later all of Ray; finish it."""
+def sweep_with_kills(settings: Mapping[str, Any], folder: Path, kills: Mapping[str, int]) -> Sweeping:
+    """Kill the "driver", or all of "ray", once so many trials have ended and another has a checkpoint; finish it."""
     sweep, ray, begun = planned(settings), OwnRay(), time.monotonic()
     kept: dict[int, Trial] = {}
     interrupted: set[int] = set()
     said: list[str] = []
     ray.start()
     try:
-        for place, number in enumerate(after):
-            with sweep_job(settings, folder / f"start-{place}.log", env=ray.environment) as job:
+        for what, number in kills.items():
+            with sweep_job(settings, folder / f"until-{what}.log", env=ray.environment) as job:
                 job.until(lambda n=number: len(ended(sweep)) >= n and unfinished(sweep), f"{number} trials", 1200)
                 kept |= ended(sweep)
-                if place == 0:
+                if what == "driver":
                     left = trial_processes(ray)
                     kill(psutil.Process(job.process.pid))
                     assert job.wait(60) != 0
@@ -112,7 +112,7 @@ def sweep_with_two_kills(settings: Mapping[str, Any], folder: Path, after: tuple
                     ray.kill()
                     assert job.wait(240) != 0
                 interrupted |= set(unfinished(sweep))
-                if place > 0:
+                if what == "ray":
                     ray.start()
                 said.append(job.output)
         with sweep_job(settings, folder / "start-last.log", env=ray.environment) as job:

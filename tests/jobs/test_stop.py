@@ -103,14 +103,6 @@ def test_ray_job_stop(data: Path, tmp_path: Path):
         assert "was stopped" in ray_job(ray, "status", found.group()).stdout
         assert status_of(runs) == ["KILLED"]
         wait_for(lambda: not [process for process in ray.processes() if "RayTrainWorker" in line_of(process)], 60)
-
-        reached = newest_step(runs / "stopped")
-        again = ["--run.resume", "true"]
-        submitted = ray_job(ray, "submit", "--no-wait", "--", "python", "jobs/train_openimages.py", *options, *again)
-        found = re.search(r"raysubmit_\w+", submitted.stdout)
-        assert found is not None
-        wait_for(lambda: newest_step(runs / "stopped") > reached)
-        ray_job(ray, "stop", found.group())
     finally:
         ray.stop()
 

@@ -34,10 +34,9 @@ KINDS = {
 @pytest.mark.parametrize("workers", sorted(KINDS))
 def test_five_kills_leave_the_same_bits(tmp_path: Path, workers: int):
     data = prepare_scenes(write_scenes(tmp_path / "scenes"), tmp_path / "data")
-    ray = OwnRay()
+    whole, ray = unbroken(data, tmp_path / "runs", workers), OwnRay()
     ray.start()
     try:
-        whole = unbroken(data, tmp_path / "runs", workers, ray)
         broken, kills = killed(data, tmp_path / "runs", workers, ray, KINDS[workers], seed=workers)
     finally:
         ray.stop()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.jobs import prepare_scenes, write_scenes
-from tests.helpers.sweeps import SPACE, sweep_with_two_kills, tiny_sweep
+from tests.helpers.sweeps import SPACE, sweep_with_kills, tiny_sweep
 from tests.jobs.test_sweep import check, train_the_best
 
 
@@ -15,7 +15,7 @@ def test_forty_trials_killed_twice(tmp_path: Path):
     data = prepare_scenes(write_scenes(tmp_path / "scenes", train=120, others=60), tmp_path / "data")
     settings = tiny_sweep(data, tmp_path / "runs", trials=40, search="optuna", space=SPACE)
     settings["base"] |= {"data.train_truth": None, "batch_size": 20, "eval_batch_size": 40}
-    sweeping = sweep_with_two_kills(settings, tmp_path, after=(12, 26))
+    sweeping = sweep_with_kills(settings, tmp_path, {"driver": 12, "ray": 26})
     states = [trial.state for trial in sweeping.trials.values()]
     print(
         f"\n{sweeping.seconds:.0f} s, {states.count('finished')} finished, {states.count('stopped')} stopped, "

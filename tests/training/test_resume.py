@@ -17,7 +17,7 @@ from paml.training.settings import TrainSettings
 from paml.training.world import World
 from tests.helpers.prepared import CLASSES, COUNTS, key_of, prepare_tiny, tiny_settings, true_classes, write_states
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.runs import quiet, run, unbroken_and_resumed
+from tests.helpers.runs import finish, quiet, run, unbroken_and_resumed
 
 EVERYTHING: dict[str, Any] = {
     "loss": {"name": "ll-cp"},
@@ -222,12 +222,6 @@ def test_another_number_of_workers_goes_on_with_the_same_images(prepared: Path, 
     for one, other in zip(newest(whole).facts["history"], history, strict=True):
         assert one["rejection/rejected"] == other["rejection/rejected"]
         assert one["train/loss"] == pytest.approx(other["train/loss"], abs=1e-4)
-
-
-def finish(rank: int, settings: TrainSettings) -> None:
-    from tests.helpers.runs import world_of
-
-    assert run(settings, world=world_of(rank)) is not None
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said_and_replaced(
