@@ -34,7 +34,7 @@ def test_a_run_outlives_the_nodes_that_it_began_on_and_ends_with_the_same_bits(t
     assert "restart 2 of 3 from the newest checkpoint" in said
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_leaves_a_node_that_is_about_to_go_with_a_checkpoint(tmp_path: Path) -> None:
     data, runs = prepare_scenes(write_scenes(tmp_path / "scenes"), tmp_path / "data"), tmp_path / "runs"
