@@ -96,16 +96,27 @@ def decode_rgb(data: bytes | memoryview) -> np.ndarray:
     return _decode(data, None).copy()
 
 
-def decode_into(data: bytes | memoryview, out: np.ndarray) -> None:
+def decode_into(data: bytes | memoryview, out: np.ndarray, part: np.ndarray | None = None) -> None:
     """Decode one picture into `out`, uint8 [S, S, 3] in C order, resized where its own size is another.
 
-    Raises UndecodableError; `out` may then hold anything.
+    part: float64[4], left, top, right and bottom of what is kept of it, as shares of its width and height; None for
+    all. Raises UndecodableError; `out` may then hold anything.
     """
-    pixels = _decode(data, out)
+    pixels = _decode(data, out if part is None else None)
+    if part is not None:
+        pixels = _cut_out(pixels, part)
     if pixels.shape != out.shape:
         _resize(pixels, out)
     elif not np.may_share_memory(pixels, out):
         out[...] = pixels
+
+
+def _cut_out(pixels: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """The part, to whole pixels and at least one, as a view."""
+    height, width = pixels.shape[:2]
+    left, top, right, bottom = np.rint(part * (width, height, width, height)).astype(int).tolist()
+    left, top = min(left, width - 1), min(top, height - 1)
+    return pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
 
 
 def _resize(pixels: np.ndarray, out: np.ndarray) -> None:

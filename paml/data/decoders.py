@@ -39,12 +39,19 @@ Faults = list[tuple[int, str]]
 """Places of a span that could not be used, each with the reason."""
 
 
-def decode_span(reader: ShardReader, index: np.ndarray, out: np.ndarray) -> Faults:
-    """Read and decode the images of `index` (int64[n], places in the manifest) into `out`, uint8 [n, S, S, 3]."""
+Crops = Callable[[np.ndarray], np.ndarray | None]
+"""int64[n], places in the manifest, to float64[n, 4], the part that is kept of each image; None for all of them."""
+
+
+def decode_span(reader: ShardReader, index: np.ndarray, out: np.ndarray, crops: np.ndarray | None = None) -> Faults:
+    """Read and decode the images of `index` (int64[n], places in the manifest) into `out`, uint8 [n, S, S, 3].
+
+    crops: float64[n, 4], the part that is kept of each (`decode_into`); None for all of them.
+    """
     faults = []
     for place, sample in enumerate(index.tolist()):
         try:
-            decode_into(reader.read(sample), out[place])
+            decode_into(reader.read(sample), out[place], None if crops is None else crops[place])
         except (UndecodableError, CorruptSample) as error:
             faults.append((place, str(error)))
     return faults
@@ -153,8 +160,10 @@ class Threads:
 class ThreadDecoders:
     """Threads: libjpeg-turbo holds no lock of the interpreter while it works."""
 
-    def __init__(self, reader: ShardReader, shape: tuple[int, int, int, int], threads: int, *, keep: int) -> None:
-        self._reader, self._threads = reader, threads
+    def __init__(
+        self, reader: ShardReader, shape: tuple[int, int, int, int], threads: int, *, keep: int, crops: Crops
+    ) -> None:
+        self._reader, self._threads, self._crops = reader, threads, crops
         self._pool = _lasting_pool(shape, keep)
         self._workers = Threads(threads, "decode")
 
@@ -162,7 +171,8 @@ class ThreadDecoders:
         pixels = self._pool.take()[: len(index)] if out is None else out
         spans = []
         for start, stop in _cut(len(index), self._threads, 8):
-            task = self._workers.submit(decode_span, self._reader, index[start:stop], pixels[start:stop])
+            own = index[start:stop]
+            task = self._workers.submit(decode_span, self._reader, own, pixels[start:stop], self._crops(own))
             spans.append((start, task))
         return Filling(pixels, spans)
 
@@ -189,8 +199,10 @@ class ProcessDecoders:
     the parent does. Each is served by a thread that waits for it: one that dies is an error, not a wait.
     """
 
-    def __init__(self, reader: ShardReader, shape: tuple[int, int, int, int], processes: int, *, keep: int) -> None:
-        self._reader, self._shape = reader, shape
+    def __init__(
+        self, reader: ShardReader, shape: tuple[int, int, int, int], processes: int, *, keep: int, crops: Crops
+    ) -> None:
+        self._reader, self._shape, self._crops = reader, shape, crops
         self._memory = _SharedFile()
         self._pool = Pool(self._region, keep)
         self._traffic, self._count = Traffic(), threading.Lock()
@@ -242,7 +254,7 @@ class ProcessDecoders:
         try:
             released = self._released[child.told :]
             child.told += len(released)
-            child.send((offset, start, index, released))
+            child.send((offset, start, index, self._crops(index), released))
             answer = child.receive()
         finally:
             self._idle.put(child)
@@ -350,14 +362,14 @@ def serve(line: int, memory: int) -> None:
         reader, shape = connection.recv()
         size = int(np.prod(shape))
         while True:
-            offset, start, index, released = connection.recv()
+            offset, start, index, crops, released = connection.recv()
             if offset not in regions:
                 mapped = mmap.mmap(memory, max(1, size), offset=offset)
                 regions[offset] = np.frombuffer(mapped, np.uint8)[:size].reshape(shape)
             try:
                 reader.release(released)
                 out = regions[offset][start : start + len(index)]
-                answer: Any = (decode_span(reader, index, out), reader.cache.take_traffic())
+                answer: Any = (decode_span(reader, index, out, crops), reader.cache.take_traffic())
             except (PamlError, OSError) as error:
                 answer = error
             connection.send(answer)

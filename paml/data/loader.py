@@ -15,7 +15,7 @@ import torch
 
 from paml.data.cached import CachedFeatures, FeatureReaders
 from paml.data.decoders import Decoders, Filling, ProcessDecoders, ThreadDecoders
-from paml.data.plan import EpochPlan, Samples, draw_flips
+from paml.data.plan import EpochPlan, Samples, draw_crops, draw_flips
 from paml.errors import DataError
 from paml.labels.overlay import LabelOverlay
 from paml.labels.probe import split_probe
@@ -111,8 +111,9 @@ class Loader:
 
     `processes` decode, or where it is 0, `threads` of this process; both give the same batches. A batch's memory
     is used again once neither it nor a part of it is referred to. With `pin` threads decode into memory of torch's
-    pinned allocator, which gives it again only when the copies to the device that read it are done. With `features`
-    nothing is decoded: they stand in the place of the images.
+    pinned allocator, which gives it again only when the copies to the device that read it are done. Below 1, `crop` is
+    the smallest share that random crops keep of a picture. With `features` nothing is decoded: they stand in the place
+    of the images.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Loader:
         start: int = 0,
         seed: int = 0,
         flip: float = 0.0,
+        crop: float = 1.0,
         threads: int | None = None,
         processes: int = 0,
         prefetch: int = 3,
@@ -137,7 +139,8 @@ class Loader:
         features: CachedFeatures | None = None,
     ) -> None:
         self.reader, self.samples, self.labels, self.plan, self.slots = reader, samples, labels, plan, slots
-        self.image_size, self.epoch, self.start, self.seed, self.flip = image_size, epoch, start, seed, flip
+        self.image_size, self.epoch, self.start, self.seed = image_size, epoch, start, seed
+        self.flip, self.crop = flip, crop
         self.threads = threads or max(1, int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
         self.processes, self.shards_ahead = processes, shards_ahead
         self.prefetch, self.max_bad_share, self.pin = prefetch, max_bad_share, pin
@@ -184,8 +187,8 @@ class Loader:
         if self.features is not None:
             return FeatureReaders(self.features, self._flips, shape[0], self.threads, keep=keep)
         if self.processes:
-            return ProcessDecoders(self.reader, shape, self.processes, keep=keep)
-        return ThreadDecoders(self.reader, shape, self.threads, keep=keep)
+            return ProcessDecoders(self.reader, shape, self.processes, keep=keep, crops=self._crops)
+        return ThreadDecoders(self.reader, shape, self.threads, keep=keep, crops=self._crops)
 
     def _fill(self, decoders: Decoders, index: np.ndarray) -> tuple[torch.Tensor, Filling]:
         if self.pin and (self.features is not None or not self.processes):
@@ -232,6 +235,10 @@ class Loader:
     def _flips(self, index: np.ndarray) -> np.ndarray:
         """bool[b]: which images, by their places in the manifest, are mirrored."""
         return draw_flips(self.seed, self.epoch, index, self.flip)
+
+    def _crops(self, index: np.ndarray) -> np.ndarray | None:
+        """float64[b, 4]: the part that is kept of each image, by its place in the manifest; None for all of it."""
+        return draw_crops(self.seed, self.epoch, index, self.crop) if self.crop < 1 else None
 
     def _refuse_too_many(self, bad: tuple[BadSample, ...]) -> None:
         self.bad.extend(bad)

@@ -35,11 +35,29 @@ def draw64(seed: int, epoch: int, purpose: int, items: np.ndarray) -> np.ndarray
 
 
 _SHARD_ORDER, _SAMPLE_ORDER, _FLIP, _WINDOW_ORDER, _WINDOW_OFFSET = 1, 2, 3, 4, 5
+_CROP_AREA, _CROP_ASPECT, _CROP_LEFT, _CROP_TOP = 6, 7, 8, 9
 
 
 def draw_flips(seed: int, epoch: int, samples: np.ndarray, share: float) -> np.ndarray:
     """bool[n]: whether each sample (by its place in the manifest) is mirrored in this epoch."""
     return draw64(seed, epoch, _FLIP, samples) < np.uint64(min(share * 2.0**64, 2.0**64 - 1025))
+
+
+def draw_crops(seed: int, epoch: int, samples: np.ndarray, smallest: float) -> np.ndarray:
+    """float64[n, 4]: left, top, right and bottom of the part that each sample keeps, as shares of width and height.
+
+    Its area is drawn evenly from `smallest` to 1 of the picture's, its aspect ratio, on a log scale, from 3/4 to 4/3 of
+    the picture's (random resized crops, Szegedy et al. 2015); a side that would be too long is the picture's own.
+    """
+    area, aspect, left, top = (
+        (draw64(seed, epoch, purpose, samples) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        for purpose in (_CROP_AREA, _CROP_ASPECT, _CROP_LEFT, _CROP_TOP)
+    )
+    area = smallest + (1 - smallest) * area
+    aspect = np.exp((2 * aspect - 1) * np.log(4 / 3))
+    width, height = np.minimum(1, np.sqrt(area * aspect)), np.minimum(1, np.sqrt(area / aspect))
+    left, top = left * (1 - width), top * (1 - height)
+    return np.stack([left, top, left + width, top + height], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,9 @@ class DataSettings:
     """Side of the training picture in pixels; null takes the size of the shards as stored."""
     flip: float = 0.5
     """Share of the training images mirrored in an epoch, 0 to 1."""
+    crop: float = 1.0
+    """Smallest share of a training picture's area that a random crop keeps; the crop is resized to the training size.
+    1 crops nothing, as the papers do. What is labelled may lie outside of a small crop."""
     shuffle_window: int = 1024
     """Samples of a stream shuffled together, over what their hashed places in the shards mix already. Larger suits
     other people's shards, sorted by class; smaller keeps fewer shards in use at a time (benchmarks/plan.txt)."""
@@ -56,6 +59,8 @@ class DataSettings:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise SettingsError(f"data.{name} is {value}; it must lie between {low} and {high}")
+        if not 0 < self.crop <= 1:
+            raise SettingsError(f"data.crop is {self.crop}; it must be above 0 and at most 1 (1 crops nothing)")
         if self.images not in ("observed", "positive", "all"):
             raise SettingsError(f"data.images is {self.images!r}; it must be observed, positive or all")
         for name in ("shuffle_window", "prefetch", "decode_threads", "image_size", "shards_ahead"):

@@ -161,15 +161,15 @@ def train_loader(
         slots=slots,
     )
     labels = LabelSource(split.table, split.truth, split.truth_rows, overlay, probe, settings.seed)
-    return _loader(settings, split, labels, plan, slots, data.image_size, world, epoch, start, own.flip)
+    return _loader(settings, split, labels, plan, slots, data.image_size, world, epoch, start, own.flip, own.crop)
 
 
 def eval_loader(settings: TrainSettings, split: Split, image_size: int, world: World) -> Loader:
-    """The worker's share of a split in the manifest's order, each image once, no flips."""
+    """The worker's share of a split in the manifest's order, each image once, no flips, no crops."""
     batch = settings.eval_batch_size or 2 * settings.batch_size
     plan = plan_epoch(split.samples, batch_size=batch, epoch=0, seed=0, window=1, shuffle=False)
     slots = worker_slots(batch, world.rank, world.size)
-    return _loader(settings, split, LabelSource(split.table), plan, slots, image_size, world, 0, 0, 0.0)
+    return _loader(settings, split, LabelSource(split.table), plan, slots, image_size, world, 0, 0, 0.0, 1.0)
 
 
 def _loader(
@@ -183,6 +183,7 @@ def _loader(
     epoch: int,
     start: int,
     flip: float,
+    crop: float,
 ) -> Loader:
     data = settings.data
     return Loader(
@@ -196,6 +197,7 @@ def _loader(
         start=start,
         seed=settings.seed,
         flip=flip,
+        crop=crop,
         threads=data.decode_threads,
         processes=data.loader_processes,
         prefetch=data.prefetch,

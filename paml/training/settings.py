@@ -119,7 +119,7 @@ class TrainSettings:
     patience: int | None = None
     """Stop after this many epochs without a better validation mAP; null for never."""
     seed: int = 0
-    """Of weights, order, flips and probe."""
+    """Of weights, order, flips, crops and probe."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate"):
@@ -141,6 +141,11 @@ class TrainSettings:
             raise SettingsError(
                 "loss.reject_by is averaged, but optimiser.average is 0, so no averaged weights are kept: set "
                 "optimiser.average (0.99, say), or reject by model"
+            )
+        if self.data.crop < 1 and self.model.train_from is not None:
+            raise SettingsError(
+                f"data.crop is {self.data.crop}, but features before model.train_from ({self.model.train_from}) are "
+                "those of whole pictures: set data.crop to 1, or model.train_from to null"
             )
         pool = self.loss.reject_pool
         if pool is not None and (pool < 1 or self.batch_size % pool):

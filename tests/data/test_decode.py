@@ -107,6 +107,30 @@ def test_resizing_is_pils_antialiased_bilinear_within_one_grey_level(width: int,
         assert np.abs(out.astype(int) - wanted).max() <= (1 if kind == "PNG" else LOSSY)
 
 
+@pytest.mark.parametrize("part", [(0.0, 0.0, 1.0, 1.0), (0.25, 0.1, 0.75, 0.6), (0.5, 0.5, 0.9, 1.0)])
+def test_a_part_is_cut_out_and_resized_as_pil_does(part: tuple[float, ...]) -> None:
+    stored = scene(120, 80)
+    data, out = encoded(stored, "PNG"), np.zeros((32, 32, 3), dtype=np.uint8)
+    decode_into(data, out, np.array(part))
+    box = tuple(round(share * side) for share, side in zip(part, (120, 80, 120, 80), strict=True))
+    wanted = np.asarray(stored.crop(box).resize((32, 32), Image.Resampling.BILINEAR)).astype(int)  # type: ignore[arg-type]
+    assert np.abs(out.astype(int) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("part", [(0.0, 0.0, 1e-6, 1e-6), (1.0, 1.0, 1.0, 1.0), (0.999, 0.0, 1.0, 0.001)])
+def test_the_smallest_part_is_a_pixel(part: tuple[float, ...]) -> None:
+    stored, out = scene(120, 80), np.zeros((8, 8, 3), dtype=np.uint8)
+    decode_into(encoded(stored, "PNG"), out, np.array(part))
+    corner = np.asarray(stored)[79 if part[1] == 1 else 0, 119 if part[0] > 0.5 else 0]
+    np.testing.assert_array_equal(out, np.broadcast_to(corner, out.shape))
+
+
+def test_a_part_of_the_training_size_is_taken_as_it_is() -> None:
+    stored, out = scene(64, 64), np.zeros((32, 32, 3), dtype=np.uint8)
+    decode_into(encoded(stored, "PNG"), out, np.array([0.25, 0.5, 0.75, 1.0]))
+    np.testing.assert_array_equal(out, np.asarray(stored)[32:64, 16:48])
+
+
 def test_a_picture_of_the_right_size_is_not_touched() -> None:
     for data in (encoded(scene(32, 32), "PNG"), encoded(scene(32, 32), quality=92)):
         out = np.zeros((32, 32, 3), dtype=np.uint8)

@@ -6,16 +6,17 @@ import threading
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from paml.data import decoders
-from paml.data.decode import decode_rgb
+from paml.data.decode import decode_into, decode_rgb
 from paml.data.device import Normaliser, scatter_states, to_device
 from paml.data.loader import LabelSource, LabelTriples, Loader
-from paml.data.plan import draw_flips, join, plan_epoch, worker_slots
+from paml.data.plan import draw_crops, draw_flips, join, plan_epoch, worker_slots
 from paml.errors import DataError
 from paml.labels import NEGATIVE, POSITIVE, UNOBSERVED, LabelTable, is_probe
 from paml.labels.overlay import LabelOverlay
@@ -90,6 +91,16 @@ def test_labels_truth_probe_pixels_and_flips_equal_a_slow_reference(prepared: Pa
     assert 10 < hidden < 80
 
 
+def test_each_picture_is_cropped_as_drawn(prepared: Path) -> None:
+    for batch in (loader := loader_of(prepared, crop=0.3)):
+        parts = draw_crops(3, 2, batch.index, 0.3)
+        wanted = np.zeros((SIZE, SIZE, 3), np.uint8)
+        for index, part, pixels in zip(batch.index.tolist(), parts, batch.images.numpy(), strict=True):
+            decode_into(loader.reader.read(index), wanted, part)
+            np.testing.assert_array_equal(pixels, wanted)
+            assert (pixels != decode_rgb(loader.reader.read(index))).any()
+
+
 @pytest.mark.parametrize("start", [0, 1, 4, 5, 6])
 def test_starting_at_a_step_gives_the_same_batches(start: int, prepared: Path) -> None:
     whole, later = list(loader_of(prepared)), list(loader_of(prepared, start=start))
@@ -132,9 +143,9 @@ def test_the_threads_of_an_epoch_serve_the_next_and_are_idle_when_it_is_left_ear
     under_way: list[int] = []
     whole = decoders.decode_into
 
-    def counting(data: bytes, out: np.ndarray) -> None:
+    def counting(*given: Any) -> None:
         under_way.append(1)
-        whole(data, out)
+        whole(*given)
 
     monkeypatch.setattr(decoders, "decode_into", counting)
     batches = iter(loader_of(prepared, threads=2, prefetch=3))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paml.data.plan import EpochPlan, Samples, draw_flips, join, plan_epoch, shard_uses, worker_slots
+from paml.data.plan import EpochPlan, Samples, draw_crops, draw_flips, join, plan_epoch, shard_uses, worker_slots
 from paml.errors import SettingsError
 from paml.labels import LabelTable
 from paml.shards import Manifest
@@ -188,6 +188,35 @@ def test_flips_depend_on_seed_epoch_and_sample_alone() -> None:
     np.testing.assert_array_equal(draw_flips(3, 5, some, 0.5), flips[some])
     for other in (draw_flips(4, 5, items, 0.5), draw_flips(3, 6, items, 0.5)):
         assert 0.4 < (other != flips).mean() < 0.6
+
+
+def test_crops_are_fixed_for_ever_and_depend_on_seed_epoch_and_sample_alone() -> None:
+    items = np.arange(1000)
+    crops = draw_crops(3, 5, items, 0.25)
+    some = np.random.default_rng(0).permutation(items)[:100]
+    np.testing.assert_array_equal(draw_crops(3, 5, some, 0.25), crops[some])
+    for other in (draw_crops(4, 5, items, 0.25), draw_crops(3, 6, items, 0.25)):
+        assert (other != crops).any(axis=1).all()
+    first = [[0.08577254, 0.09444598, 0.97514463, 0.78523011], [0.09123597, 0.0, 0.98378206, 1.0]]
+    np.testing.assert_allclose(crops[:2], first, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("smallest", [0.05, 0.5, 0.8])
+def test_crops_lie_in_the_picture_with_even_areas_and_aspects_around_its_own(smallest: float) -> None:
+    left, top, right, bottom = draw_crops(3, 5, np.arange(20_000), smallest).T
+    assert min(left.min(), top.min()) >= 0
+    assert max(right.max(), bottom.max()) <= 1
+    width, height = right - left, bottom - top
+    whole = (width < 1) & (height < 1)  # a side that was not cut at the picture's
+    assert (width * height)[whole].min() >= smallest * (1 - 1e-9)
+    assert (np.abs(np.log(width / height))[whole] <= np.log(4 / 3) + 1e-9).all()
+    assert abs(np.log(width / height).mean()) < 0.01
+    small = width * height < 0.75  # no side of these has been cut
+    assert small.mean() == pytest.approx(max(0.0, 0.75 - smallest) / (1 - smallest), abs=0.015)
+    for start, length in ((left, width), (top, height)):
+        free = length < 1
+        places = np.quantile(start[free] / (1 - length[free]), [0.1, 0.5, 0.9])
+        assert places == pytest.approx([0.1, 0.5, 0.9], abs=0.03)
 
 
 @pytest.mark.parametrize("images", ["observed", "positive", "all"])

@@ -258,6 +258,8 @@ def test_data_that_are_not_there_are_refused_with_the_command_that_makes_them(tm
         ({"workers": {"resize_seconds": -1}}, "workers.resize_seconds is -1"),
         ({"loss": {"reject_pool": 3}}, r"reject_pool is 3; it must divide batch_size \(8\)"),
         ({"data": {"flip": 1.5}}, "data.flip is 1.5; it must lie between 0 and 1"),
+        ({"data": {"crop": 0.0}}, "data.crop is 0.0; it must be above 0 and at most 1"),
+        ({"data": {"crop": 0.5}, "model": {"train_from": "conv5"}}, "set data.crop to 1, or model.train_from to null"),
         ({"data": {"prefetch": 0}}, "data.prefetch is 0"),
         ({"data": {"images": "some"}}, "data.images is 'some'; it must be observed, positive or all"),
         ({"run": {"name": "a/b"}}, "run.name is 'a/b'; it names a folder"),
