@@ -53,7 +53,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "2000")
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
     ray.shutdown()
 
