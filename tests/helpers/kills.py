@@ -123,7 +123,7 @@ def unbroken(data: Path, runs: Path, workers: int, epochs: int = EPOCHS) -> dict
     values = flatten(yaml.safe_load(RECIPE.read_text()))  # what the job takes for all that no option says
     values |= {key.removeprefix("--"): yaml.safe_load(value) for key, value in zip(*[iter(options)] * 2, strict=True)}
     settings = read_training(values, name)
-    run_on_ranks(finish, workers, settings)
+    run_on_ranks(finish, workers, settings, timeout_s=600)  # forty epochs on a slow machine
     assert newest_step(runs / name) == epochs * STEPS
     return final_tensors(runs / name)
 
