@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import numpy as np
 
 from paml import storage
 from paml.data.cached import CachedFeatures
 from paml.data.loader import LabelSource, Loader
-from paml.data.plan import EpochPlan, Samples, join, plan_epoch, worker_slots
+from paml.data.plan import Samples, join, plan_epoch, worker_slots
 from paml.data.settings import DataSettings
 from paml.errors import DataError, SettingsError
 from paml.labels.overlay import LabelOverlay
@@ -161,7 +162,19 @@ def train_loader(
         slots=slots,
     )
     labels = LabelSource(split.table, split.truth, split.truth_rows, overlay, probe, settings.seed)
-    return _loader(settings, split, labels, plan, slots, data.image_size, world, epoch, start, own.flip, own.crop)
+    return _loader(
+        settings,
+        split,
+        world,
+        labels=labels,
+        plan=plan,
+        slots=slots,
+        image_size=data.image_size,
+        epoch=epoch,
+        start=start,
+        flip=own.flip,
+        crop=own.crop,
+    )
 
 
 def eval_loader(settings: TrainSettings, split: Split, image_size: int, world: World) -> Loader:
@@ -169,35 +182,17 @@ def eval_loader(settings: TrainSettings, split: Split, image_size: int, world: W
     batch = settings.eval_batch_size or 2 * settings.batch_size
     plan = plan_epoch(split.samples, batch_size=batch, epoch=0, seed=0, window=1, shuffle=False)
     slots = worker_slots(batch, world.rank, world.size)
-    return _loader(settings, split, LabelSource(split.table), plan, slots, image_size, world, 0, 0, 0.0, 1.0)
+    labels = LabelSource(split.table)
+    return _loader(settings, split, world, labels=labels, plan=plan, slots=slots, image_size=image_size)
 
 
-def _loader(
-    settings: TrainSettings,
-    split: Split,
-    labels: LabelSource,
-    plan: EpochPlan,
-    slots: tuple[int, int],
-    image_size: int,
-    world: World,
-    epoch: int,
-    start: int,
-    flip: float,
-    crop: float,
-) -> Loader:
+def _loader(settings: TrainSettings, split: Split, world: World, **own: Any) -> Loader:
+    """With what training and scoring have in common; `own` are the other arguments of `Loader`."""
     data = settings.data
     return Loader(
         reader=split_reader(data, split),
         samples=split.samples,
-        labels=labels,
-        plan=plan,
-        slots=slots,
-        image_size=image_size,
-        epoch=epoch,
-        start=start,
         seed=settings.seed,
-        flip=flip,
-        crop=crop,
         threads=data.decode_threads,
         processes=data.loader_processes,
         prefetch=data.prefetch,
@@ -205,6 +200,7 @@ def _loader(
         max_bad_share=data.max_bad_share,
         pin=world.device.type == "cuda",
         features=split.features,
+        **own,
     )
 
 

@@ -54,7 +54,7 @@ def test_the_comparison_is_as_large_as_its_recipe_says(monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "argv", ["job", "--config", str(recipe), "--seeds", "[0]"])
     grid = plan_grid(read_settings(CompareSettings, ""), str(ROOT))
     assert f"{len(grid.trainings)} trainings a seed" in recipe.read_text()
-    assert [len(rows) for rows in grid.tables.values()] == [42, 42]
+    assert [len(rows) for rows in grid.tables.values()] == [44, 44]
 
 
 def test_the_demos_sweep_finds_what_the_demo_leaves():
