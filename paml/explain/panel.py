@@ -45,7 +45,10 @@ def panel_row(runs: Sequence[OpenRun], pixels: np.ndarray, cls: int, name: str) 
 
 
 def draw_map_panel(titles: Sequence[str], rows: Sequence[PanelRow], path: str) -> None:
-    """Draw labels to `path` (PNG): picture × runs, one scale of colours a row, so that a weak map looks weak."""
+    """Draw labels to `path` (PNG): picture × runs, one scale of colours a row, so that a weak map looks weak.
+
+    The scale ends at the median of the runs' largest absolute scores; what lies beyond has the colour of its end.
+    """
     figure = new_figure(2.4 * (len(titles) + 1) + 0.6, 2.5 * len(rows) + 0.3)
     _draw_rows(figure, titles, rows)
     save(figure, path)
@@ -101,14 +104,16 @@ def _draw_rows(figure, titles: Sequence[str], rows: Sequence[PanelRow]) -> None:
 
     axes = figure.subplots(len(rows), len(titles) + 1, squeeze=False)
     for place, (line, row) in enumerate(zip(axes, rows, strict=True)):
-        limit = limit_of([scores for scores, _ in row.maps])
+        # The median of the runs' own ends: one map that is boosted far beyond the others must not fade them all.
+        limit = float(np.median([limit_of([scores]) for scores, _ in row.maps]))
         line[0].imshow(row.pixels)
         line[0].set_title(row.name, fontsize=10)
         for axis, title, (scores, logit) in zip(line[1:], titles, row.maps, strict=True):
             draw_map(axis, row.pixels, scores, limit)
             score = f"p = {1 / (1 + np.exp(-logit)):.2f}"
             axis.set_title(f"{title}\n{score}" if place == 0 else score, fontsize=10)
-        figure.colorbar(ScalarMappable(Normalize(-limit, limit), COLOURS), ax=list(line), shrink=0.8)
+        scale = ScalarMappable(Normalize(-limit, limit), COLOURS)
+        figure.colorbar(scale, ax=list(line), shrink=0.8, extend="both")
         for axis in line:
             axis.set_xticks([])
             axis.set_yticks([])
