@@ -3,9 +3,9 @@
     python benchmarks/perfect_rejection.py --observed data/coco18/labels/train-single.arrow \
         --full data/coco18/labels/train-full.arrow --out data/coco18/labels/train-single-perfect.arrow
 
-Observed labels stay; every unobserved pair that is truly negative becomes an observed negative, every false negative stays
-unobserved. Trained with `--loss.name iu` (unobserved labels count nothing) this is AN with a rejection that is never
-wrong and misses nothing from the first step on: no method that only rejects can be expected above it.
+Observed labels stay; every unobserved pair that is truly negative becomes an observed negative, every false negative
+stays unobserved. Trained with `--loss.name iu` (unobserved labels count nothing) this is AN with a rejection that is
+never wrong and misses nothing from the first step on: what a method that only rejects can come to.
 """
 
 import argparse

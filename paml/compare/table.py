@@ -16,7 +16,8 @@ from paml.compare.grid import Row, Training
 from paml.compare.published import published_map
 from paml.compare.settings import CompareSettings
 from paml.errors import DataError
-from paml.metrics import MetricSettings, read_pairs
+from paml.labels.table import LabelTable
+from paml.metrics import Pairs, read_pairs, scores
 from paml.metrics.scores import NUM_GROUPS
 from paml.spreadsheet import ReportWriter
 from paml.tracking.journal import END_STATUSES, Event, read_journal
@@ -84,20 +85,39 @@ def result_of(training: Training) -> Result:
     return Result.read(run_folder_of(training.settings))
 
 
-def images_of_test(training: Training) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class Yardstick:
+    """What all rows of a table are measured by."""
+
+    images: np.ndarray
     """int64 [I]: places in the manifest of the test images that have labels, sorted: what the bootstrap draws from."""
-    data = training.settings.data
-    split = open_split(data, str(data.test_split), f"labels/{data.test_split}.arrow", images="observed")
-    return np.sort(split.samples.index)
+    grouped_by: str
+    """The row whose training labels order the classes into the five groups: with labels of its own a row, as that of
+    the full labels has, would else be grouped otherwise than those beside it."""
+    train_positives: np.ndarray
+    train_negatives: np.ndarray
+    """int64 [K], of those labels."""
+
+
+def yardstick_of(rows: Sequence[Row], trainings: Mapping[str, Training], settings: CompareSettings) -> Yardstick:
+    """The yardstick of a table; its groups are those of the row compared with, else of the first."""
+    row = next((row for row in rows if row.name == settings.against), rows[0])
+    data = next(iter(trainings[name] for name in row.trainings.values())).settings.data
+    test = open_split(data, str(data.test_split), f"labels/{data.test_split}.arrow", images="observed")
+    counts = LabelTable.open(storage.join(data.root, data.train_labels)).class_counts()
+    return Yardstick(np.sort(test.samples.index), row.name, *counts)
 
 
 def score_row(
-    row: Row, trainings: Mapping[str, Training], settings: CompareSettings, images: np.ndarray, seen: dict[str, str]
+    row: Row,
+    trainings: Mapping[str, Training],
+    settings: CompareSettings,
+    yardstick: Yardstick,
+    seen: dict[str, str],
 ) -> dict[int, Scored]:
     """Seed -> score, for the seeds whose training is finished.
 
-    images: as of `images_of_test`. seen: what the rows before were scored on, added to; raises DataError where this row
-    was scored on something else.
+    seen: what the rows before were scored on, added to; raises DataError where this row was scored on something else.
     """
     found = {}
     for seed, name in row.trainings.items():
@@ -107,22 +127,33 @@ def score_row(
         folder, result = run_folder_of(training.settings), result_of(training)
         best = result.best[row.alpha]
         chosen = next(figures for figures in result.history if figures["epoch"] == best["epoch"])
-        test = result.test[row.alpha]
+        pairs, num_classes = _same_pairs(folder, row.alpha, seen)
         found[seed] = Scored(
-            map=test.map,
-            groups=test.groups,
+            map=result.test[row.alpha].map,
+            groups=scores(
+                *pairs[:3],
+                num_classes,
+                settings=training.settings.metrics,
+                train_positives=yardstick.train_positives,
+                train_negatives=yardstick.train_negatives,
+            ).groups,
             epoch=best["epoch"],
             precision=chosen.get("rejection/precision", NAN),
             recall=chosen.get("rejection/recall", NAN) if chosen.get("rejection/rejected") else NAN,
             hours=hours_of(read_journal(folder, unreadable={})),
-            replicates=_replicates(folder, row.alpha, settings, images, training.settings.metrics, seen),
+            replicates=bootstrap_map(
+                pairs,
+                num_classes,
+                yardstick.images,
+                replicates=settings.replicates,
+                seed=settings.bootstrap_seed,
+                settings=training.settings.metrics,
+            ),
         )
     return found
 
 
-def _replicates(
-    folder: str, alpha: str, settings: CompareSettings, images: np.ndarray, metrics: MetricSettings, seen: dict
-) -> np.ndarray:
+def _same_pairs(folder: str, alpha: str, seen: dict[str, str]) -> tuple[Pairs, int]:
     pairs, facts = read_pairs(pairs_path(folder, alpha))
     for name in ("split", "labels"):
         if seen.setdefault(name, facts[name]) != facts[name]:
@@ -130,14 +161,7 @@ def _replicates(
                 f"{folder} was scored on other test {name} than the rows before it: its figures cannot stand in one "
                 "table with theirs. Remove that run's folder, and the same command trains it again"
             )
-    return bootstrap_map(
-        pairs,
-        int(facts["num_classes"]),
-        images,
-        replicates=settings.replicates,
-        seed=settings.bootstrap_seed,
-        settings=metrics,
-    )
+    return pairs, int(facts["num_classes"])
 
 
 def hours_of(events: Sequence[Event]) -> float:

@@ -22,9 +22,9 @@ from paml.compare.table import (
     columns_of,
     figures_of,
     finished,
-    images_of_test,
     score_row,
     table_lines,
+    yardstick_of,
 )
 from paml.distributed import cluster
 from paml.distributed.grid_run import AGAIN, check_trainings, join_cluster, train_all
@@ -150,11 +150,13 @@ def _report(settings: CompareSettings, grid: Grid, failed: Mapping[str, str], jo
     """Every table on the console, in the folder and in the journal; figures at the number of trainings scored."""
     scored = [each for each in grid.trainings.values() if finished(each)]
     if scored:
-        images, seen = images_of_test(scored[0]), dict[str, str]()
+        seen = dict[str, str]()
         for regime, rows in grid.tables.items():
-            found = {row.name: score_row(row, grid.trainings, settings, images, seen) for row in rows}
+            yardstick = yardstick_of(rows, grid.trainings, settings)
+            found = {row.name: score_row(row, grid.trainings, settings, yardstick, seen) for row in rows}
             lines = table_lines(found, len(settings.seeds), settings)
-            notes = _notes(settings, lines, other_budgets(grid, rows), scored[0].settings.metrics.convention)
+            convention = scored[0].settings.metrics.convention
+            notes = _notes(settings, lines, other_budgets(grid, rows), convention, yardstick.grouped_by)
             title = f"test scores of {settings.name}" + (f", {regime}" if regime else "") + ", in percent"
             print(f"\n{title}\n{as_text(lines, settings, notes)}\n", flush=True)
             written = {
@@ -179,9 +181,11 @@ def _report(settings: CompareSettings, grid: Grid, failed: Mapping[str, str], jo
         print(f"{len(failed)} trainings failed; {AGAIN} with them", file=sys.stderr, flush=True)
 
 
-def _notes(settings: CompareSettings, lines: list[Line], budgets: Mapping[str, str], convention: str) -> list[str]:
+def _notes(
+    settings: CompareSettings, lines: list[Line], budgets: Mapping[str, str], convention: str, grouped_by: str
+) -> list[str]:
     shown = {heading for heading, _ in columns_of(lines, settings)}
-    notes = [f"each row's epoch chosen on validation. {convention}"]
+    notes = [f"each row's epoch chosen on validation. {convention}; all rows in the groups of {grouped_by}"]
     if settings.replicates:
         notes.append(
             f"{settings.level:.0%}: percentiles of {settings.replicates} bootstraps over the test images, paired"

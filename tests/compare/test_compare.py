@@ -17,7 +17,8 @@ from paml.compare.progress import Progress
 from paml.compare.table import Scored, as_csv, as_text, finished, hours_of, result_of, table_lines
 from paml.distributed.compare_run import run_compare
 from paml.errors import SettingsError
-from paml.metrics import read_pairs, scores
+from paml.labels.table import LabelTable
+from paml.metrics import average_precision_by_class, five_groups, read_pairs, scores
 from paml.tracking import Event
 from paml.training.loop import Watcher
 from tests.helpers.grids import METHODS, tiny_base, tiny_grid
@@ -93,6 +94,21 @@ def test_pairs_say_what_the_run_scored(compared: Path):
         result = json.loads((compared / "partial-an-seed3" / "result.json").read_text())
         assert scores(*pairs[:3], int(facts["num_classes"])).map == result["test"][alpha]["map"]
         assert len(np.unique(pairs.image.numpy())) == 18
+
+
+def test_all_rows_are_grouped_by_the_same_labels(compared: Path, prepared: Path):
+    """A row that trained on other labels, as the full ones, has its G1 to G5 over the classes of the others."""
+    counts = LabelTable.open(prepared / "labels" / "train.arrow").class_counts()
+    group_of = five_groups(sum(counts))
+    folder = compared / "full-labels-seed3"
+    pairs, facts = read_pairs(str(folder / "artifacts" / "test_pairs_alpha_1.parquet"))
+    per_class = average_precision_by_class(*(part.numpy() for part in pairs[:3]), int(facts["num_classes"]))
+    row = rows_of(compared)["full labels"]
+    own = json.loads((folder / "result.json").read_text())["test"]["1"]["groups"]
+    for number in range(1, 6):
+        assert float(row[f"G{number}"]) == pytest.approx(np.nanmean(per_class[group_of == number]))
+    assert [own[f"G{number}"] for number in range(1, 6)] != pytest.approx([float(row[f"G{n}"]) for n in range(1, 6)])
+    assert "all rows in the groups of AN" in (compared / "comparison" / "table-partial.txt").read_text()
 
 
 def test_a_finished_comparison_trains_nothing(compared: Path, prepared: Path, capsys: pytest.CaptureFixture[str]):
