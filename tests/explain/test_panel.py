@@ -42,3 +42,21 @@ def test_a_map_of_zeros_and_one_label_still_make_a_picture(tmp_path: Path) -> No
     draw_map_panel(["full", "AN"], [row], str(tmp_path / "panel.png"))
     with Image.open(tmp_path / "panel.png") as picture:
         assert picture.size[0] > 500
+
+
+def test_a_map_that_is_boosted_far_beyond_the_others_does_not_fade_them(tmp_path: Path) -> None:
+    """Scaled to the largest of all, the first two maps would look like nothing beside the third."""
+    scores = np.array([[-1.0, 0.5], [0.0, 1.0]])
+    pictures = []
+    for factor in (1, 100):
+        row = PanelRow(
+            np.full((32, 32, 3), 128, np.uint8), "cat", [(scores, 0.0), (scores, 0.0), (scores * factor, 0.0)]
+        )
+        path = tmp_path / f"{factor}.png"
+        draw_map_panel(["full", "AN", "LL-R + BoostLU"], [row], str(path))
+        with Image.open(path) as picture:
+            pictures.append(np.asarray(picture.convert("RGB")))
+    alike, boosted = pictures
+    half = alike.shape[1] // 2  # the picture and the first map
+    assert np.array_equal(alike[:, :half], boosted[:, :half])
+    assert not np.array_equal(alike, boosted)
