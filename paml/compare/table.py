@@ -102,7 +102,7 @@ class Yardstick:
 def yardstick_of(rows: Sequence[Row], trainings: Mapping[str, Training], settings: CompareSettings) -> Yardstick:
     """The yardstick of a table; its groups are those of the row compared with, else of the first."""
     row = next((row for row in rows if row.name == settings.against), rows[0])
-    data = next(iter(trainings[name] for name in row.trainings.values())).settings.data
+    data = trainings[next(iter(row.trainings.values()))].settings.data
     test = open_split(data, str(data.test_split), f"labels/{data.test_split}.arrow", images="observed")
     counts = LabelTable.open(storage.join(data.root, data.train_labels)).class_counts()
     return Yardstick(np.sort(test.samples.index), row.name, *counts)
@@ -128,15 +128,16 @@ def score_row(
         best = result.best[row.alpha]
         chosen = next(figures for figures in result.history if figures["epoch"] == best["epoch"])
         pairs, num_classes = _same_pairs(folder, row.alpha, seen)
+        test = scores(
+            *pairs[:3],
+            num_classes,
+            settings=training.settings.metrics,
+            train_positives=yardstick.train_positives,
+            train_negatives=yardstick.train_negatives,
+        )
         found[seed] = Scored(
-            map=result.test[row.alpha].map,
-            groups=scores(
-                *pairs[:3],
-                num_classes,
-                settings=training.settings.metrics,
-                train_positives=yardstick.train_positives,
-                train_negatives=yardstick.train_negatives,
-            ).groups,
+            map=test.map,
+            groups=test.groups,
             epoch=best["epoch"],
             precision=chosen.get("rejection/precision", NAN),
             recall=chosen.get("rejection/recall", NAN) if chosen.get("rejection/rejected") else NAN,
