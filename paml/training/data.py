@@ -9,7 +9,7 @@ import numpy as np
 from paml import storage
 from paml.data.cached import CachedFeatures
 from paml.data.loader import LabelSource, Loader
-from paml.data.plan import Samples, join, plan_epoch, worker_slots
+from paml.data.plan import ImageChoice, Samples, join, plan_epoch, worker_slots
 from paml.data.settings import DataSettings
 from paml.errors import DataError, SettingsError
 from paml.labels.overlay import LabelOverlay
@@ -81,13 +81,15 @@ def _need(path: str, settings: DataSettings) -> str:
     return path
 
 
-def open_split(settings: DataSettings, split: str, labels: str, *, images: str, truth: str | None = None) -> Split:
+def open_split(
+    settings: DataSettings, split: str, labels: str, *, images: ImageChoice, truth: str | None = None
+) -> Split:
     """Open one split and join its keys to the table's rows. Raises DataError, SettingsError."""
     folder = storage.join(settings.root, "shards", split)
     _need(storage.join(folder, "manifest.arrow"), settings)
     manifest = Manifest.open(folder)
     table = LabelTable.open(_need(storage.join(settings.root, labels), settings))
-    samples = join(manifest, table, images)  # pyright: ignore[reportArgumentType]
+    samples = join(manifest, table, images)
     if truth is None or not storage.exists(storage.join(settings.root, truth)):
         return Split(split, manifest, table, samples)
     full = LabelTable.open(storage.join(settings.root, truth))
