@@ -35,7 +35,8 @@ def prepare_and_kill(folder: Path, kills: int, kills_a_run: int, seed: int) -> l
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_killed_worker_driver_and_cluster_leave_the_same_bytes(tmp_path: Path) -> None:
-    prepare_and_kill(tmp_path, kills=3, kills_a_run=3, seed=11)
+    met = prepare_and_kill(tmp_path, kills=3, kills_a_run=3, seed=11)
+    assert len(met) == 3
 
 
 @pytest.mark.soak
