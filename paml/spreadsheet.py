@@ -1,43 +1,45 @@
-"""CSV that people open: a spreadsheet runs a cell that begins with one of = + - @ as a formula.
+"""CSV reports that are safe to open in a spreadsheet, which runs a cell that begins with = + - @ as a formula. Some
+spreadsheets do so for the full-width forms of these characters too.
 
-The rule: text that begins so (or with a tab, a line end or an apostrophe) gets an apostrophe in front in every CSV
-that is a report for people: finds, rejects, tables of trials, comparisons and maps, classes of predictions. `restored`
-takes it off again. Formats that programs exchange stay exact to the byte: annotations and class lists as Open Images
-has them, priors, one's own labels.
+Text that begins with one of these characters (or a tab, a line end or an apostrophe) gets a leading apostrophe in every
+CSV written for people: audit results, rejects, tables of trials and comparisons, predicted classes. `unescape_formula`
+removes it. Formats for programs are exact: Open Images annotations and class lists, priors, label files.
 """
 
 import csv
+import io
 from collections.abc import Iterable
 from typing import Any, TextIO
 
-FORMULA_MARKS = "=+-@\t\r\n'"
-"""Text that begins with one of these is written with an apostrophe in front."""
+FORMULA_PREFIXES = "=+-@＝＋－＠\t\r\n'"
+"""Text that begins with one of these gets a leading apostrophe."""
 
 
-def defused(field: str) -> str:
-    """The field as it is written, so that no spreadsheet runs it."""
-    return "'" + field if field[:1] and field[0] in FORMULA_MARKS else field
+def escape_formula(field: str) -> str:
+    """The text as it is written to a report."""
+    return "'" + field if field[:1] and field[0] in FORMULA_PREFIXES else field
 
 
-def restored(field: str) -> str:
-    """What `defused` was given."""
-    return field[1:] if field[:1] == "'" and field[1:2] and field[1] in FORMULA_MARKS else field
+def unescape_formula(field: str) -> str:
+    """The inverse of `escape_formula`."""
+    return field[1:] if field[:1] == "'" and field[1:2] and field[1] in FORMULA_PREFIXES else field
 
 
-class ReportWriter:
-    """Writes rows as CSV for people: texts are defused, numbers stay, below 0 too."""
+def write_report(text: TextIO, rows: Iterable[Iterable[Any]]) -> None:
+    """Write the rows as CSV for people: escapes texts, but not numbers.
 
-    def __init__(self, text: TextIO) -> None:
-        self._plain = csv.writer(text, lineterminator="\n")
-        self._quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    A row with a carriage return, at which spreadsheets start a new row, is quoted.
+    """
+    plain = csv.writer(text, lineterminator="\n")
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for row in rows:
+        cells = [escape_formula(value) if isinstance(value, str) else value for value in row]
+        has_return = any(isinstance(cell, str) and "\r" in cell for cell in cells)
+        (quoted if has_return else plain).writerow(cells)
 
-    def writerow(self, row: Iterable[Any]) -> None:
-        """One row. The csv module leaves a lone carriage return bare, and spreadsheets begin a new row there."""
-        cells = [defused(value) if isinstance(value, str) else value for value in row]
-        returns = any(isinstance(cell, str) and "\r" in cell for cell in cells)
-        (self._quoted if returns else self._plain).writerow(cells)
 
-    def writerows(self, rows: Iterable[Iterable[Any]]) -> None:
-        """Several rows."""
-        for row in rows:
-            self.writerow(row)
+def format_csv(rows: Iterable[Iterable[Any]]) -> str:
+    """The rows as `write_report` writes them."""
+    text = io.StringIO()
+    write_report(text, rows)
+    return text.getvalue()

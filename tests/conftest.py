@@ -1,18 +1,38 @@
-"""What the tests of several rooms share."""
+"""Fixtures and marks that several packages of tests share."""
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# Tiny networks gain nothing from threads, and threads that wait for each other are many times slower on a busy machine.
+# Tiny networks gain nothing from threads, and waiting threads are many times slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MARKED_FOLDERS = ("faults", "chaos", "security")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests in tests/faults, tests/chaos and tests/security with the folder's name."""
+    root = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(root).parts[0] if item.path.is_relative_to(root) else ""
+        if folder in MARKED_FOLDERS:
+            item.add_marker(folder)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what would start after PAML_TESTS_END (seconds since the epoch), so that a slow machine's CI still ends."""
+    end = os.environ.get("PAML_TESTS_END")
+    if end and time.time() > float(end):
+        pytest.skip("not run: the time for slow tests is over")
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny prepared data folder; never write into it."""
+    """A tiny prepared data folder; tests must not write to it."""
     from tests.helpers.prepared import prepare_tiny
 
     return prepare_tiny(tmp_path_factory.mktemp("prepared"))
@@ -31,7 +51,7 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty bucket of moto's S3 server, which the AWS variables name."""
+    """URL of an empty bucket on moto's S3 server, which the AWS variables name."""
     for name, value in {
         "AWS_ENDPOINT_URL_S3": s3_endpoint,
         "AWS_ACCESS_KEY_ID": "test",

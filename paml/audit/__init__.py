@@ -1,1 +1,1 @@
-"""Which labels to look at again: unobserved ones that are likely positive, observed ones that are likely wrong."""
+"""Label audit: lists labels to review, likely missing positives and likely wrong observed labels."""

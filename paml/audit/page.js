@@ -1,254 +1,251 @@
 "use strict";
-// All text of the data is put in as text, never as markup: names and keys come from elsewhere.
+// Text from data is inserted as text, never as markup, because names and keys are not trusted.
 const data = JSON.parse(document.getElementById("data").textContent);
-const AT_ONCE = 120;  // finds drawn before somebody scrolls on: pictures are decoded as they are needed
+const PAGE_SIZE = 120;  // cards added per scroll, so images are decoded only when they are needed
 const HEADER = ["ImageID", "Source", "LabelName", "Confidence"];
-const at = (id) => document.getElementById(id);
-const memory = "paml-audit-" + data.id;
-const placeOf = new Map(data.finds.map((find, place) => [JSON.stringify([find.key, find.mid]), place]));
-let verdicts = recalled();
-let shown = [];  // places of the finds that the filters leave
-let current = 0; // among the shown ones
-let drawn = 0;
+const byId = (id) => document.getElementById(id);
+const storageKey = "paml-audit-" + data.id;
+const numberOf = new Map(data.issues.map((issue, number) => [JSON.stringify([issue.key, issue.mid]), number]));
+let verdicts = loadVerdicts();
+let visible = [];  // numbers of the issues that pass the filters
+let current = 0;   // position in visible
+let rendered = 0;  // cards in the page
 
-function recalled() {
+function loadVerdicts() {
   try {
-    const found = JSON.parse(localStorage.getItem(memory) || "{}");
-    return new Map(Object.entries(found).map(([place, verdict]) => [Number(place), verdict]));
+    const stored = JSON.parse(localStorage.getItem(storageKey) || "{}");
+    return new Map(Object.entries(stored).map(([number, verdict]) => [Number(number), verdict]));
   } catch (error) {
-    return new Map();  // a browser may refuse storage to files: the verdicts then last as long as the page
+    return new Map();  // browsers may deny storage to files: verdicts then last until the page is closed
   }
 }
 
-function remember() {
+function saveVerdicts() {
   try {
-    localStorage.setItem(memory, JSON.stringify(Object.fromEntries(verdicts)));
-  } catch (error) { /* as above */ }
+    localStorage.setItem(storageKey, JSON.stringify(Object.fromEntries(verdicts)));
+  } catch (error) { /* see loadVerdicts */ }
 }
 
-function element(tag, text, className) {
-  const made = document.createElement(tag);
-  if (text !== undefined) made.textContent = text;
-  if (className) made.className = className;
-  return made;
+function createElement(tag, text, className) {
+  const element = document.createElement(tag);
+  if (text !== undefined) element.textContent = text;
+  if (className) element.className = className;
+  return element;
 }
 
-function option(select, value, text) {
-  const made = element("option", text);
-  made.value = value;
-  select.append(made);
+function addOption(select, value, text) {
+  const option = createElement("option", text);
+  option.value = value;
+  select.append(option);
 }
 
-function bytesOf(base64) {
-  return Uint8Array.from(atob(base64), (sign) => sign.charCodeAt(0));
-}
-
-// The map's greys become red with more or less of it; the browser smooths it as it stretches the canvas.
-function drawMap(canvas, find) {
-  canvas.width = find.map_size[1];
-  canvas.height = find.map_size[0];
-  const greys = bytesOf(find.map);
+// Map scores become red of varying opacity; the browser interpolates when it scales the canvas.
+function drawMap(canvas, issue) {
+  canvas.width = issue.map_size[1];
+  canvas.height = issue.map_size[0];
+  const grays = Uint8Array.from(atob(issue.map), (character) => character.charCodeAt(0));
   const image = canvas.getContext("2d").createImageData(canvas.width, canvas.height);
-  greys.forEach((grey, pixel) => image.data.set([255, 255 - grey, 40, Math.round(0.65 * grey)], 4 * pixel));
+  grays.forEach((gray, pixel) => image.data.set([255, 255 - gray, 40, Math.round(0.65 * gray)], 4 * pixel));
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-function card(place) {
-  const find = data.finds[place];
-  const item = element("li", undefined, "find");
-  item.dataset.place = place;
-  item.tabIndex = -1;
-  const photo = element("div", undefined, "photo");
-  const picture = element("img");
-  picture.src = "data:image/jpeg;base64," + data.pictures[find.picture];
-  picture.alt = "photo " + find.key;
-  picture.loading = "lazy";
-  const overlay = element("canvas");
-  drawMap(overlay, find);
-  photo.append(picture, overlay);
-  const answers = element("div", undefined, "answers");
+function createCard(number) {
+  const issue = data.issues[number];
+  const card = createElement("li", undefined, "issue");
+  card.dataset.number = number;
+  card.tabIndex = -1;
+  const frame = createElement("div", undefined, "image");
+  const image = createElement("img");
+  image.src = "data:image/jpeg;base64," + data.thumbnails[issue.image];
+  image.alt = "image " + issue.key;
+  image.loading = "lazy";
+  const map = createElement("canvas");
+  drawMap(map, issue);
+  frame.append(image, map);
+  const answers = createElement("div", undefined, "answers");
   for (const verdict of ["yes", "no", "skip"]) {
-    const button = element("button", verdict);
+    const button = createElement("button", verdict);
     button.type = "button";
     button.dataset.verdict = verdict;
-    button.addEventListener("click", () => { go(shown.indexOf(place)); answer(verdict); });
+    button.addEventListener("click", () => { goTo(visible.indexOf(number)); answer(verdict); });
     answers.append(button);
   }
-  item.append(
-    photo,
-    element("div", find.name, "name"),
-    element("div", `${find.kind}, rank ${find.rank}`, "facts"),
-    element("div", `score ${find.score.toFixed(2)} · probability ${find.probability.toFixed(2)} · now ${find.state}`,
-      "facts"),
-    element("div", find.evidence, "facts"),
-    element("div", `${find.key} · ${find.mid}`, "facts"),
+  card.append(
+    frame,
+    createElement("div", issue.name, "name"),
+    createElement("div", `${issue.kind}, rank ${issue.rank}`, "details"),
+    createElement("div", `score ${issue.score.toFixed(2)} · probability ${issue.probability.toFixed(2)} · ` +
+      (issue.state === "unobserved" ? "not labeled" : `labeled ${issue.state}`), "details"),
+    createElement("div", issue.evidence, "details"),
+    createElement("div", `${issue.key} · ${issue.mid}`, "details"),
     answers);
-  item.addEventListener("click", (event) => { if (event.target.tagName !== "BUTTON") go(shown.indexOf(place)); });
-  mark(item, verdicts.get(place));
-  return item;
+  card.addEventListener("click", (event) => { if (event.target.tagName !== "BUTTON") goTo(visible.indexOf(number)); });
+  showVerdict(card, verdicts.get(number));
+  return card;
 }
 
-function mark(item, verdict) {
-  if (verdict) item.dataset.verdict = verdict; else delete item.dataset.verdict;
-  for (const button of item.querySelectorAll(".answers button"))
+function showVerdict(card, verdict) {
+  if (verdict) card.dataset.verdict = verdict; else delete card.dataset.verdict;
+  for (const button of card.querySelectorAll(".answers button"))
     button.setAttribute("aria-pressed", String(button.dataset.verdict === verdict));
 }
 
-function filter() {
-  const [kind, cls, answered] = [at("kind").value, at("class").value, at("answered").value];
-  const from = Number(at("from").value) || 1;
-  const to = Number(at("to").value) || Infinity;
-  shown = data.finds.map((_, place) => place).filter((place) => {
-    const find = data.finds[place];
-    const verdict = verdicts.get(place);
-    return (!kind || find.kind === kind) && (!cls || find.mid === cls) && find.rank >= from && find.rank <= to
+function applyFilters() {
+  const [kind, cls, answered] = [byId("kind").value, byId("class").value, byId("answered").value];
+  const from = Number(byId("from").value) || 1;
+  const to = Number(byId("to").value) || Infinity;
+  visible = data.issues.map((_, number) => number).filter((number) => {
+    const issue = data.issues[number];
+    const verdict = verdicts.get(number);
+    return (!kind || issue.kind === kind) && (!cls || issue.mid === cls) && issue.rank >= from && issue.rank <= to
       && (!answered || (answered === "open" ? !verdict : verdict === answered));
   });
-  at("finds").replaceChildren();
-  drawn = 0;
-  drawMore();
-  go(0);
+  byId("issues").replaceChildren();
+  rendered = 0;
+  renderMore();
+  goTo(0);
 }
 
-function drawMore(least = 0) {
-  const until = Math.min(shown.length, Math.max(drawn + AT_ONCE, least));
-  for (; drawn < until; drawn++) at("finds").append(card(shown[drawn]));
-  at("more").hidden = drawn >= shown.length;
+function renderMore(minimum = 0) {
+  const end = Math.min(visible.length, Math.max(rendered + PAGE_SIZE, minimum));
+  for (; rendered < end; rendered++) byId("issues").append(createCard(visible[rendered]));
+  byId("more").hidden = rendered >= visible.length;
 }
 
-function go(place) {
-  const before = at("finds").querySelector(".current");
-  if (before) before.classList.remove("current");
-  current = Math.max(0, Math.min(place, shown.length - 1));
-  if (shown.length) {
-    if (current >= drawn) drawMore(current + 1);
-    const item = at("finds").children[current];
-    item.classList.add("current");
-    item.focus({ preventScroll: true });
-    item.scrollIntoView({ block: "nearest" });
+function goTo(position) {
+  const previous = byId("issues").querySelector(".current");
+  if (previous) previous.classList.remove("current");
+  current = Math.max(0, Math.min(position, visible.length - 1));
+  if (visible.length) {
+    if (current >= rendered) renderMore(current + 1);
+    const card = byId("issues").children[current];
+    card.classList.add("current");
+    card.focus({ preventScroll: true });
+    card.scrollIntoView({ block: "nearest" });
   }
-  say();
+  updateStatus();
 }
 
 function answer(verdict) {
-  if (!shown.length) return;
-  const place = shown[current];
-  if (verdict) verdicts.set(place, verdict); else verdicts.delete(place);
-  remember();
-  mark(at("finds").children[current], verdict);
-  if (verdict) go(current + 1); else say();
+  if (!visible.length) return;
+  const number = visible[current];
+  if (verdict) verdicts.set(number, verdict); else verdicts.delete(number);
+  saveVerdicts();
+  showVerdict(byId("issues").children[current], verdict);
+  if (verdict) goTo(current + 1); else updateStatus();
 }
 
-function say(more) {
+function updateStatus(message) {
   const count = (verdict) => [...verdicts.values()].filter((one) => one === verdict).length;
-  const [yes, no, skip] = ["yes", "no", "skip"].map(count);
-  at("status").textContent = `${shown.length.toLocaleString("en")} of ${data.finds.length.toLocaleString("en")} finds` +
-    (shown.length ? `, this is number ${(current + 1).toLocaleString("en")}.` : ".") + ` Answered: ${yes} yes, ${no} no, ${skip} skip.` +
-    (more ? " " + more : "");
+  const format = (number) => number.toLocaleString("en");
+  const position = visible.length ? `Label ${format(current + 1)} of ${format(visible.length)}` : "No labels";
+  const hidden = visible.length < data.issues.length ? ` (${format(data.issues.length)} without filters)` : "";
+  byId("status").textContent = `${position}${hidden}. Answered: ${count("yes")} yes, ${count("no")} no, ` +
+    `${count("skip")} skip.` + (message ? " " + message : "");
 }
 
-// A spreadsheet would run a cell that begins like a formula; the apostrophe is taken off when verdicts are read.
-const defused = (field) => (data.formula_marks.includes(field[0]) ? "'" + field : field);
-const restored = (field) =>
-  (field[0] === "'" && field.length > 1 && data.formula_marks.includes(field[1]) ? field.slice(1) : field);
-const quoted = (field) => (/[",\r\n]/.test(field) ? '"' + field.replaceAll('"', '""') + '"' : field);
+// Spreadsheets run cells that begin like a formula; the apostrophe is removed when verdicts are read.
+const escapeFormula = (field) => (data.formula_prefixes.includes(field[0]) ? "'" + field : field);
+const unescapeFormula = (field) =>
+  (field[0] === "'" && field.length > 1 && data.formula_prefixes.includes(field[1]) ? field.slice(1) : field);
+const quoteField = (field) => (/[",\r\n]/.test(field) ? '"' + field.replaceAll('"', '""') + '"' : field);
 
 function verdictCsv() {
   const rows = [...verdicts].filter(([, verdict]) => verdict !== "skip").sort((one, other) => one[0] - other[0]);
-  const lines = rows.map(([place, verdict]) => [data.finds[place].key, "verification", data.finds[place].mid,
-    verdict === "yes" ? "1" : "0"].map((field) => quoted(defused(field))).join(","));
+  const lines = rows.map(([number, verdict]) => [data.issues[number].key, "verification", data.issues[number].mid,
+    verdict === "yes" ? "1" : "0"].map((field) => quoteField(escapeFormula(field))).join(","));
   return [HEADER.join(","), ...lines].join("\n") + "\n";
 }
 
 function exportVerdicts() {
-  const link = element("a");
+  const link = createElement("a");
   link.href = URL.createObjectURL(new Blob([verdictCsv()], { type: "text/csv" }));
   link.download = "annotations-human.csv";
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-  say("Verdicts exported as annotations-human.csv.");
+  updateStatus("Exported annotations-human.csv.");
 }
 
-function fieldsOf(text) {
+function parseCsv(text) {
   const rows = [];
-  let row = [], field = "", inside = false;
-  for (let place = 0; place < text.length; place++) {
-    const sign = text[place];
-    if (inside) {
-      if (sign !== '"') field += sign;
-      else if (text[place + 1] === '"') { field += '"'; place++; }
-      else inside = false;
-    } else if (sign === '"') inside = true;
-    else if (sign === ",") { row.push(field); field = ""; }
-    else if (sign === "\n") { row.push(field); rows.push(row); row = []; field = ""; }
-    else if (sign !== "\r") field += sign;
+  let row = [], field = "", quoted = false;
+  for (let i = 0; i < text.length; i++) {
+    const character = text[i];
+    if (quoted) {
+      if (character !== '"') field += character;
+      else if (text[i + 1] === '"') { field += '"'; i++; }
+      else quoted = false;
+    } else if (character === '"') quoted = true;
+    else if (character === ",") { row.push(field); field = ""; }
+    else if (character === "\n") { row.push(field); rows.push(row); row = []; field = ""; }
+    else if (character !== "\r") field += character;
   }
   if (field || row.length) rows.push([...row, field]);
   return rows.filter((fields) => fields.length > 1 || fields[0]);
 }
 
-function takeUp(text) {
-  const [header, ...rows] = fieldsOf(text.replace(/^\uFEFF/, ""));
+function importVerdicts(text) {
+  const [header, ...rows] = parseCsv(text.replace(/^\uFEFF/, ""));
   if (!header || header.join() !== HEADER.join()) {
-    say("That file has another header than " + HEADER.join() + ": nothing was taken from it.");
+    updateStatus("Nothing was loaded: the first line of the file must be " + HEADER.join() + ".");
     return;
   }
-  let taken = 0;
+  let loaded = 0;
   for (const [key, , mid, confidence] of rows) {
-    const place = placeOf.get(JSON.stringify([restored(key), restored(mid)]));
-    if (place === undefined || !["0", "1"].includes(confidence)) continue;
-    verdicts.set(place, confidence === "1" ? "yes" : "no");
-    taken++;
+    const number = numberOf.get(JSON.stringify([unescapeFormula(key), unescapeFormula(mid)]));
+    if (number === undefined || !["0", "1"].includes(confidence)) continue;
+    verdicts.set(number, confidence === "1" ? "yes" : "no");
+    loaded++;
   }
-  remember();
-  filter();
-  say(`Took ${taken} of ${rows.length} verdicts from the file.`);
+  saveVerdicts();
+  applyFilters();
+  updateStatus(`Loaded ${loaded} of ${rows.length} verdicts.`);
 }
 
-function showMap(on) {
-  at("overlay").checked = on;
-  document.body.classList.toggle("bare", !on);
+function showMaps(on) {
+  byId("overlay").checked = on;
+  document.body.classList.toggle("no-map", !on);
 }
 
-const KEYS = {
+const SHORTCUTS = {
   y: () => answer("yes"), n: () => answer("no"), s: () => answer("skip"), u: () => answer(undefined),
-  j: () => go(current + 1), ArrowRight: () => go(current + 1),
-  k: () => go(current - 1), ArrowLeft: () => go(current - 1),
-  m: () => showMap(!at("overlay").checked), c: () => at("class").focus(), e: exportVerdicts,
-  "?": () => at("keys").showModal(),
+  j: () => goTo(current + 1), ArrowRight: () => goTo(current + 1),
+  k: () => goTo(current - 1), ArrowLeft: () => goTo(current - 1),
+  m: () => showMaps(!byId("overlay").checked), c: () => byId("class").focus(), e: exportVerdicts,
+  "?": () => byId("keys").showModal(),
 };
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || at("keys").open) return;
-  const typing = event.target.matches("select, input:not([type=checkbox])");
-  if (typing) {
-    if (event.key === "Escape") { event.target.blur(); go(current); }
+  if (event.ctrlKey || event.metaKey || event.altKey || byId("keys").open) return;
+  if (event.target.matches("select, input:not([type=checkbox])")) {
+    if (event.key === "Escape") { event.target.blur(); goTo(current); }
     return;
   }
-  if (Object.hasOwn(KEYS, event.key)) {
+  if (Object.hasOwn(SHORTCUTS, event.key)) {
     event.preventDefault();
-    KEYS[event.key]();
+    SHORTCUTS[event.key]();
   }
 });
 
-at("title").textContent = data.title;
+byId("title").textContent = data.title;
 document.title = data.title;
-option(at("kind"), "", "all");
-for (const kind of new Set(data.finds.map((find) => find.kind))) option(at("kind"), kind, kind);
-option(at("class"), "", "all");
-const counts = new Map();
-for (const find of data.finds) counts.set(find.mid, { name: find.name, count: (counts.get(find.mid)?.count || 0) + 1 });
-for (const [mid, { name, count }] of [...counts].sort((one, other) => one[1].name.localeCompare(other[1].name)))
-  option(at("class"), mid, `${name} (${count})`);
-at("to").value = Math.max(1, ...data.finds.map((find) => find.rank));
-for (const id of ["kind", "class", "from", "to", "answered"]) at(id).addEventListener("change", filter);
-at("overlay").addEventListener("change", () => showMap(at("overlay").checked));
-at("export").addEventListener("click", exportVerdicts);
-at("help").addEventListener("click", () => at("keys").showModal());
-at("more").addEventListener("click", () => drawMore());
-at("load").addEventListener("change", async () => {
-  const file = at("load").files[0];
-  if (file) takeUp(await file.text());
+addOption(byId("kind"), "", "all labels");
+for (const kind of new Set(data.issues.map((issue) => issue.kind))) addOption(byId("kind"), kind, kind + "s");
+addOption(byId("class"), "", "all");
+const classes = new Map();
+for (const { mid, name } of data.issues) classes.set(mid, { name, count: (classes.get(mid)?.count || 0) + 1 });
+for (const [mid, { name, count }] of [...classes].sort((one, other) => one[1].name.localeCompare(other[1].name)))
+  addOption(byId("class"), mid, `${name} (${count})`);
+byId("to").value = Math.max(1, ...data.issues.map((issue) => issue.rank));
+for (const id of ["kind", "class", "from", "to", "answered"]) byId(id).addEventListener("change", applyFilters);
+byId("overlay").addEventListener("change", () => showMaps(byId("overlay").checked));
+byId("export").addEventListener("click", exportVerdicts);
+byId("help").addEventListener("click", () => byId("keys").showModal());
+byId("more").addEventListener("click", () => renderMore());
+byId("load").addEventListener("change", async () => {
+  const file = byId("load").files[0];
+  if (file) importVerdicts(await file.text());
 });
-new IntersectionObserver((seen) => { if (seen.some((one) => one.isIntersecting)) drawMore(); }).observe(at("more"));
-filter();
+new IntersectionObserver((entries) => { if (entries.some((entry) => entry.isIntersecting)) renderMore(); })
+  .observe(byId("more"));
+applyFilters();

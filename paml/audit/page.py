@@ -1,13 +1,12 @@
-"""One self-contained HTML page of the finds: photo, map, answers; it works from a file and asks no server.
+"""A self-contained HTML page to review label issues: image, map and answers. It opens from a file, without a server.
 
-Everything that comes from elsewhere (keys, MIDs, names) stands in a JSON block that no character in it can end,
-and the script puts it in as text. The policy allows the own script and style, by their digests, and nothing else.
+Text from data (keys, MIDs, names) is in a JSON block that none of its characters can end, and the script inserts it as
+text. The content policy allows only the page's own style and script, by their hashes.
 """
 
 import base64
 import functools
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -15,80 +14,56 @@ from typing import Any
 
 import numpy as np
 
-from paml.spreadsheet import FORMULA_MARKS
+from paml.html import content_policy, jpeg_thumbnail, script_json
+from paml.spreadsheet import FORMULA_PREFIXES
 
 THUMBNAIL_SIDE = 256
-"""Longest side of a picture, pixels; smaller ones stay as they are."""
-PICTURE_BYTES = 34_000
-"""A picture is compressed until it has no more, so that 1,000 finds stay below 50 MB."""
-_QUALITIES = (82, 72, 60, 48, 36, 24, 12)
+"""Longest side of an image in pixels; smaller images are not enlarged."""
+MAX_THUMBNAIL_BYTES = 34_000
+"""Keeps a page of 1,000 issues below 50 MB."""
 
 
-def thumbnail(pixels: np.ndarray, side: int = THUMBNAIL_SIDE, most_bytes: int = PICTURE_BYTES) -> bytes:
-    """JPEG of uint8 [H, W, 3], its longest side at most `side` pixels, of `most_bytes` at most where JPEG can."""
-    from PIL import Image
-
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    data = b""
-    for quality in _QUALITIES:
-        out = io.BytesIO()
-        picture.save(out, "JPEG", quality=quality, optimize=True)
-        data = out.getvalue()
-        if len(data) <= most_bytes:
-            break
-    return data
+def thumbnail(pixels: np.ndarray) -> bytes:
+    """JPEG of an image, uint8 [H, W, 3], for the page."""
+    return jpeg_thumbnail(pixels, THUMBNAIL_SIDE, MAX_THUMBNAIL_BYTES)
 
 
-def map_greys(map_HW: np.ndarray) -> np.ndarray:
-    """uint8 [H, W]: 0 for scores up to 0, 255 for the highest; all 0 where no score is positive. A map shows where the
-    evidence lies, not how strong it is: that is the score's to say."""
-    top = float(map_HW.max())
-    if top <= 0:
+def map_grays(map_HW: np.ndarray) -> np.ndarray:
+    """uint8 [H, W]: 0 for scores up to 0, 255 for the highest score; all 0 if no score is positive.
+
+    Maps are scaled one by one: they show where the evidence is, and the score shows how strong it is.
+    """
+    highest = float(map_HW.max())
+    if highest <= 0:
         return np.zeros(map_HW.shape, np.uint8)
-    return np.round(255 * np.clip(map_HW / top, 0, 1)).astype(np.uint8)
+    return np.round(255 * np.clip(map_HW / highest, 0, 1)).astype(np.uint8)
 
 
 def page_html(
-    title: str, finds: Sequence[Mapping[str, Any]], pictures: Sequence[bytes], maps: Sequence[np.ndarray]
+    title: str, issues: Sequence[Mapping[str, Any]], thumbnails: Sequence[bytes], maps: Sequence[np.ndarray]
 ) -> str:
     """The page.
 
-    finds: for each its key, mid, name, kind, rank, score, probability, state, evidence (a line of text) and picture (a
-    place in `pictures`, JPEG). maps: uint8 [h, w] for each find.
+    issues: for each key, mid, name, kind, rank, score, probability, state, evidence (a line of text) and image
+    (position in `thumbnails`, JPEG). maps: uint8 [h, w] for each issue.
     """
     rows = [
-        {**find, "map": base64.b64encode(greys.tobytes()).decode(), "map_size": list(greys.shape)}
-        for find, greys in zip(finds, maps, strict=True)
+        {**issue, "map": base64.b64encode(grays.tobytes()).decode(), "map_size": list(grays.shape)}
+        for issue, grays in zip(issues, maps, strict=True)
     ]
-    asked = json.dumps([title, *([find["key"], find["mid"]] for find in finds)])
+    identity = json.dumps([title, *([issue["key"], issue["mid"]] for issue in issues)])
     data = {
         "title": title,
-        "id": hashlib.sha256(asked.encode()).hexdigest()[:16],  # a browser keeps the answers under it
-        "formula_marks": FORMULA_MARKS,
-        "finds": rows,
-        "pictures": [base64.b64encode(picture).decode() for picture in pictures],
+        "id": hashlib.sha256(identity.encode()).hexdigest()[:16],  # the browser stores verdicts under it
+        "formula_prefixes": FORMULA_PREFIXES,
+        "issues": rows,
+        "thumbnails": [base64.b64encode(image).decode() for image in thumbnails],
     }
     template, script = _asset("page.html"), _asset("page.js")
     style = template.split("<style>", 1)[1].split("</style>", 1)[0]
-    policy = (
-        f"default-src 'none'; img-src data:; style-src '{source_digest(style)}'; script-src '{source_digest(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    filled = template.replace("/*policy*/", policy, 1).replace("/*script*/", script, 1)
+    filled = template.replace("/*policy*/", content_policy(style, script), 1).replace("/*script*/", script, 1)
     before, after = filled.split("/*data*/", 1)
     return before + script_json(data) + after
-
-
-def script_json(value: Any) -> str:
-    """JSON that can stand in a script element: no character in it ends the element or begins a comment."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def source_digest(text: str) -> str:
-    """How a page's policy names a style or script that it allows."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 @functools.cache

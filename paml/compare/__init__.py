@@ -1,1 +1,1 @@
-"""A grid of methods and seeds under one budget: what is to be trained, and the table that comes of it."""
+"""Many runs of one recipe: comparisons of methods, and sweeps of settings."""

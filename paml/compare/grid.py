@@ -1,227 +1,193 @@
-"""From a grid's settings to its trainings and the rows of its tables. Nothing is trained and nothing is written."""
+"""From settings to the trainings and table rows of a comparison. Trains nothing and writes nothing."""
 
 import dataclasses
-import os
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from paml import storage
-from paml.cli import checked_settings
-from paml.compare.settings import CompareSettings, TrainingsSettings
+from paml.compare.settings import CompareSettings, MultiRunSettings
 from paml.errors import SettingsError
-from paml.reading import reading
-from paml.training.settings import TrainSettings, at_absolute_paths, flatten
+from paml.parsing import parse_errors_as
+from paml.recipes import find_recipe
+from paml.settings import flatten, settings_from_values
+from paml.training.settings import TrainSettings, with_absolute_paths
 
-ONE_YARDSTICK = ("data.root", "data.validation_split", "data.test_split", "metrics.")
-"""Settings in which the rows of one table may not differ: they would be scored on other pairs or by other rules."""
-BUDGET = (
-    "epochs",
-    "linear_init.epochs",
-    "batch_size",
-    "model.backbone",
-    "model.weights",
-    "model.output_stride",
-    "model.train_from",
-    "data.image_size",
-)
-"""Settings that say what a row has cost; one that differs is named below the table."""
+SAME_EVALUATION = ("data.root", "data.validation_split", "data.test_split", "metrics.")
+"""Settings that must be equal in all rows, or their scores are not comparable."""
+BUDGET = ("epochs", "linear_init.epochs", "batch_size", "model.", "data.image_size")
+"""Settings that determine the cost of a row; rows that differ in one are listed under the table."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """One run of the grid."""
+    """One run of a comparison or a sweep."""
 
-    name: str
-    """Of its folder below the grid's storage."""
     method: str
     settings: TrainSettings
-    """All local paths absolute."""
+    """With absolute local paths."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return str(self.settings.run.name)
+
+    @property
+    def folder(self) -> str:
+        """The run folder."""
+        return self.settings.run.folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a table: a method scored with one alpha, over its seeds."""
+    """A row of a table: a method scored with one alpha, over its seeds."""
 
     name: str
     alpha: str
-    """As `f"{alpha:g}"` writes it."""
-    trainings: dict[int, str]
-    """Seed -> name of the training."""
+    """As `f"{alpha:g}"`."""
+    trainings: dict[int, Training]
+    """Seed -> training."""
+
+    @property
+    def first(self) -> Training:
+        """The training with the first seed."""
+        return next(iter(self.trainings.values()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """All of a comparison."""
+    """All trainings and tables of a comparison."""
 
     trainings: dict[str, Training]
-    """By name, in the order in which they are started: all methods of the first seed come first."""
-    tables: dict[str, tuple[Row, ...]]
-    """Regime -> its rows."""
+    """By name, in training order: all methods of the first seed first."""
+    tables: dict[str, dict[str, Row]]
+    """Regime -> rows by name."""
 
 
-def plan_grid(settings: CompareSettings, folder: str) -> Grid:
-    """The trainings and rows of a comparison; relative paths of data and storage begin at `folder`.
+def plan_grid(settings: CompareSettings, root: str) -> Grid:
+    """The trainings and rows of a comparison; `root` resolves relative paths.
 
-    Raises SettingsError for unknown settings or values, for rows that could not be compared, and for reference rows
-    that do not exist or are boosted: all of it before anything is trained.
+    Raises SettingsError for invalid settings, for rows that are not comparable, and for reference rows that do not
+    exist or are boosted.
     """
     base = base_settings(settings)
     regimes: dict[str, str | None] = dict(settings.labels) or {"": None}
-    trainings: dict[str, Training] = {}
-    tables: dict[str, list[Row]] = {}
-    read: dict[str, Training] = {}  # by name without the seed: reading settings takes a tenth of a second
-    for seed in settings.seeds:
-        for regime, table in regimes.items():
-            for method, given in settings.methods.items():
-                own = dict(given)
-                rows = _rows(method, own.pop("rows", None), own, base)
-                own |= {"boost.eval": next(iter(rows.values())), "boost.eval_also": list(rows.values())[1:]}
-                shared = "data.train_labels" in own or table is None
-                labels = {} if shared else {"data.train_labels": table}
-                stem = slug(method if shared else f"{regime}-{method}")
-                if stem not in read:
-                    read[stem] = training(settings, stem, method, base | labels | own, folder)
-                elif read[stem].method != method:
-                    other = read[stem].method
-                    raise SettingsError(f"methods {other!r} and {method!r} would both lie in {stem}: rename one")
-                name = f"{stem}-seed{seed}"
-                trainings[name] = _seeded(read[stem], name, seed)
-                for row, alpha in rows.items():
-                    _add(tables.setdefault(regime, []), row, f"{alpha:g}", seed, name)
-    grid = Grid(trainings, {regime: tuple(rows) for regime, rows in tables.items()})
-    _check_yardstick(grid)
+    grid = Grid({}, {regime: {} for regime in regimes})
+    parsed: dict[str, Training] = {}  # by name without the seed, since parsing takes 0.1 s
+    for seed, (regime, table), method in itertools.product(settings.seeds, regimes.items(), settings.methods):
+        overrides = dict(settings.methods[method])
+        rows = _parse_rows(method, overrides.pop("rows", None), overrides, base)
+        overrides |= {"boost.eval": next(iter(rows.values())), "boost.eval_also": list(rows.values())[1:]}
+        shared = "data.train_labels" in overrides or table is None
+        labels = {} if shared else {"data.train_labels": table}
+        stem = slug(method if shared else f"{regime}-{method}")
+        if stem not in parsed:
+            parsed[stem] = make_training(settings, stem, method, base | labels | overrides, root)
+        elif parsed[stem].method != method:
+            other = parsed[stem].method
+            raise SettingsError(f"methods {other!r} and {method!r} have the same folder {stem}: rename one")
+        name = f"{stem}-seed{seed}"
+        run = dataclasses.replace(parsed[stem].settings.run, name=name)
+        training = Training(method, dataclasses.replace(parsed[stem].settings, seed=seed, run=run))
+        grid.trainings[name] = training
+        for row_name, alpha in rows.items():
+            row = grid.tables[regime].setdefault(row_name, Row(row_name, f"{alpha:g}", {}))
+            if seed in row.trainings:
+                raise SettingsError(f"two methods have a row {row_name!r}: rename one")
+            row.trainings[seed] = training
+    _check_same_evaluation(list(grid.trainings.values()))
     for rows in grid.tables.values():
-        _check_references(settings, grid, rows)
+        _check_references(settings, rows)
     return grid
 
 
-def base_settings(settings: TrainingsSettings) -> dict[str, Any]:
-    """The base and the common settings by dotted name. Raises SettingsError where the recipe cannot be read."""
+def base_settings(settings: MultiRunSettings) -> dict[str, Any]:
+    """The recipe and the common settings by dotted name. Raises SettingsError if the recipe cannot be read."""
     base = settings.base
     if isinstance(base, str):
-        if not os.path.exists(base):
-            raise SettingsError(f"base is {base!r}; there is no such recipe (a path is taken from {os.getcwd()})")
-        with open(base, "rb") as file, reading(base, "it is to be YAML", SettingsError, (yaml.YAMLError,)):
+        base = find_recipe(base)
+        with open(base, "rb") as file, parse_errors_as(base, "write it as YAML", SettingsError, (yaml.YAMLError,)):
             base = yaml.safe_load(file)
         if not isinstance(base, dict):
-            raise SettingsError(f"base {settings.base!r} holds no settings: it is to be a recipe of the training job")
+            raise SettingsError(f"base {settings.base!r} has no settings: set it to a recipe of `paml train`")
     return flatten(base) | settings.common
 
 
-def training(
-    settings: TrainingsSettings,
-    name: str,
-    method: str,
-    values: Mapping[str, Any],
-    folder: str,
-    *,
-    searched: bool = False,
-) -> Training:
-    """A training from its settings by dotted name; `searched` ones never open the test split."""
-    place = {
+def make_training(settings: MultiRunSettings, name: str, method: str, values: Mapping[str, Any], root: str) -> Training:
+    """A training from its settings by dotted name; `root` resolves relative paths."""
+    run = {
         "run.storage": settings.storage,
         "run.name": name,
         "run.experiment": settings.experiment,
-        "run.mlflow": settings.mlflow,
+        "run.trackers": settings.trackers,
         "run.resume": False,
     }
-    hidden = {"data.test_split": None} if searched else {}
-    found = read_training({**values, **place, **hidden}, f"method {method!r}")
-    return Training(name, method, at_absolute_paths(found, folder))
-
-
-def _seeded(training: Training, name: str, seed: int) -> Training:
-    run = dataclasses.replace(training.settings.run, name=name)
-    return Training(name, training.method, dataclasses.replace(training.settings, seed=seed, run=run))
-
-
-def read_training(values: Mapping[str, Any], where: str) -> TrainSettings:
-    """Checked settings of one training, from values by dotted name. Raises SettingsError that begins with `where`."""
-    return checked_settings(TrainSettings, values, where, flatten(TrainSettings()))
+    parsed = settings_from_values(TrainSettings, {**values, **run}, f"method {method!r}")
+    return Training(method, with_absolute_paths(parsed, root))
 
 
 def slug(name: str) -> str:
-    """A name that a folder can have: LL-R + BoostLU becomes LL-R-BoostLU."""
+    """A name as a folder name: "LL-R + BoostLU" becomes "LL-R-BoostLU"."""
     return re.sub(r"[^\w.]+", "-", name, flags=re.ASCII).strip("-.")
 
 
-def grid_folder(settings: TrainingsSettings, name: str, folder: str) -> str:
-    """Where what comes of a grid lies; relative paths begin at `folder`."""
-    place = settings.storage
-    if not storage.is_remote(place):
-        place = os.path.abspath(os.path.join(folder, os.path.expanduser(place)))
-    return storage.join(place, name)
+def results_folder(settings: MultiRunSettings, name: str, root: str) -> str:
+    """Folder of the results; `root` resolves relative paths."""
+    return storage.join(str(storage.absolute_path(settings.storage, root)), name)
 
 
-def other_budgets(grid: Grid, rows: tuple[Row, ...]) -> dict[str, str]:
-    """Row -> what of its budget differs from that of most rows."""
-    flat = {row.name: flatten(grid.trainings[next(iter(row.trainings.values()))].settings) for row in rows}
-    found: dict[str, list[str]] = {}
-    for name in BUDGET:
-        values = [own[name] for own in flat.values()]
+def different_budgets(rows: Mapping[str, Row]) -> dict[str, str]:
+    """Row -> how its budget differs from that of most rows."""
+    flat = {name: flatten(row.first.settings) for name, row in rows.items()}
+    differences: dict[str, list[str]] = {}
+    for name in [name for name in next(iter(flat.values())) if name.startswith(BUDGET)]:
+        values = [settings[name] for settings in flat.values()]
         usual = max(values, key=values.count)
-        for row, own in flat.items():
-            if own[name] != usual:
-                found.setdefault(row, []).append(f"{name} {own[name]} where most have {usual}")
-    return {row: ", ".join(differences) for row, differences in found.items()}
+        for row, settings in flat.items():
+            if settings[name] != usual:
+                differences.setdefault(row, []).append(f"{name} {settings[name]} (others: {usual})")
+    return {row: ", ".join(parts) for row, parts in differences.items()}
 
 
-def _rows(method: str, rows: Any, own: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float]:
+def _parse_rows(method: str, rows: Any, overrides: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float]:
     """Row -> alpha in scoring."""
-    trained = {**base, **own}.get("boost.train", 5.0)
-    rows = {method: own.get("boost.eval", trained)} if rows is None else rows
+    if rows is None:
+        rows = {method: overrides.get("boost.eval", {**base, **overrides}.get("boost.train", 5.0))}
     try:
-        found = {str(row): float(alpha) for row, alpha in rows.items()}
+        parsed = {str(row): float(alpha) for row, alpha in rows.items()}
     except (AttributeError, TypeError, ValueError):
-        found = {}
-    if not found or len(set(found.values())) < len(found):
+        parsed = {}
+    if not parsed or len(set(parsed.values())) < len(parsed):
         raise SettingsError(
-            f"method {method!r}: rows is {rows!r}; it names rows of the table, each with an alpha of its own: "
+            f"method {method!r}: rows is {rows!r}; give row names with distinct alphas: "
             "{AN: 1, AN + boost at inference: 5}"
         )
-    return found
+    return parsed
 
 
-def _add(rows: list[Row], name: str, alpha: str, seed: int, run: str) -> None:
-    for row in rows:
-        if row.name == name:
-            if seed in row.trainings:
-                raise SettingsError(f"two methods have a row {name!r}: rename one")
-            row.trainings[seed] = run
-            return
-    rows.append(Row(name, alpha, {seed: run}))
+def _check_same_evaluation(trainings: Sequence[Training]) -> None:
+    first, *others = trainings
+    expected = flatten(first.settings)
+    if expected["data.test_split"] is None:
+        raise SettingsError("data.test_split is null in the base: set it, since rows are scored on it")
+    for training in others:
+        for name, value in flatten(training.settings).items():
+            if name.startswith(SAME_EVALUATION) and value != expected[name]:
+                raise SettingsError(
+                    f"methods {first.method!r} and {training.method!r} differ in {name} ({expected[name]!r}, "
+                    f"{value!r}) and would not be comparable: set it in the base"
+                )
 
 
-def _check_yardstick(grid: Grid) -> None:
-    seen: dict[str, tuple[Any, str]] = {}
-    for each in grid.trainings.values():
-        for name, value in flatten(each.settings).items():
-            if name.startswith(ONE_YARDSTICK):
-                first, method = seen.setdefault(name, (value, each.method))
-                if first != value:
-                    raise SettingsError(
-                        f"methods {method!r} and {each.method!r} differ in {name} ({first!r}, {value!r}) and could not "
-                        "be compared: set it in the base"
-                    )
-                if name == "data.test_split" and value is None:
-                    raise SettingsError("data.test_split is null in the base; a comparison scores the test split")
-
-
-def _check_references(settings: CompareSettings, grid: Grid, rows: tuple[Row, ...]) -> None:
-    by_name = {row.name: row for row in rows}
-    for role in ("below", "above", "against"):
+def _check_references(settings: CompareSettings, rows: Mapping[str, Row]) -> None:
+    for role in ("baseline_row", "upper_bound_row", "compare_to"):
         name = getattr(settings, role)
         if name is None:
             continue
-        if name not in by_name:
-            raise SettingsError(f"{role} is {name!r}; the rows are {', '.join(by_name)}. Name one, or say null")
-        row = by_name[name]
-        boosts = {grid.trainings[run].settings.boost.train for run in row.trainings.values()}
-        if role != "against" and (row.alpha != "1" or boosts != {1.0}):
-            raise SettingsError(
-                f"{role} is {name!r}, which is boosted; the gap is between rows without boost: train and score it with "
-                "alpha 1"
-            )
+        if name not in rows:
+            raise SettingsError(f"{role} is {name!r}; set it to one of {', '.join(rows)}, or to null")
+        if role != "compare_to" and (rows[name].alpha, rows[name].first.settings.boost.train) != ("1", 1):
+            raise SettingsError(f"{role} is {name!r}, which is boosted: train and score it with alpha 1")

@@ -1,336 +1,233 @@
-"""The table of a comparison: its figures, and the same as text, CSV and LaTeX.
+"""The table of a comparison: its numbers, and the same as text, CSV and LaTeX.
 
-Figures are fractions until they are printed, in percent.
+Scores are fractions; the printed tables show percent.
 """
 
 import dataclasses
-import io
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from paml import storage
 from paml.compare.bootstrap import bootstrap_map, interval
-from paml.compare.grid import Row, Training
+from paml.compare.grid import Row
 from paml.compare.published import published_map
 from paml.compare.settings import CompareSettings
 from paml.errors import DataError
 from paml.labels.table import LabelTable
 from paml.metrics import Pairs, read_pairs, scores
-from paml.metrics.scores import NUM_GROUPS
-from paml.spreadsheet import ReportWriter
-from paml.tracking.journal import END_STATUSES, Event, read_journal
+from paml.metrics.scores import NUM_GROUPS, align_columns
+from paml.runs.folder import is_finished, pairs_path, read_result
+from paml.runs.journal import END_STATUSES, Event, read_journal
+from paml.spreadsheet import format_csv
 from paml.training.data import open_split
-from paml.training.loop import Result, pairs_path, run_folder_of
 
-NAN = math.nan
-GROUPS = tuple(f"G{group}" for group in range(1, NUM_GROUPS + 1))
+GROUPS = [f"G{group}" for group in range(1, NUM_GROUPS + 1)]
+MEANS = ["map", "precision", "recall", "epoch", "hours", *GROUPS]
+"""Columns that are means over the finished seeds. precision: fraction of the rejected labels that are false negatives;
+recall: fraction of the false negatives that are rejected; hours: training time, without interruptions."""
+COLUMNS = [
+    *("seeds", "missing", "map", "spread", "low", "high", "difference", "difference_low", "difference_high", "gap"),
+    *("precision", "recall", "epoch", "hours", "published", "source", *GROUPS),
+]
+"""Columns of a table. seeds, missing: finished and failed seeds; spread: standard deviation over the seeds (n - 1);
+low and high: bootstrap interval of the mean; difference to `compare_to` with its interval, over the seeds that both
+rows have; gap: gap closed, over the seeds that the row and both reference rows have. NaN if unknown."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """One training, scored on the test split by the epoch that validation chose for one alpha."""
+class SeedScore(NamedTuple):
+    """Test scores of one training with one alpha, in the epoch chosen on validation."""
 
-    map: float
-    groups: Mapping[str, float]
-    epoch: int
-    precision: float
-    """Share of the labels rejected in that epoch that are false negatives; NaN where nothing is rejected or known."""
-    recall: float
-    """Share of the false negatives that are rejected in that epoch."""
-    hours: float
-    """From start to end, stops left out."""
+    metrics: dict[str, float]
+    """By the names in MEANS."""
     replicates: np.ndarray
-    """float64 [R], mAP on the test images drawn again."""
+    """float64 [R]: mAP on resampled test images."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
-    """A row of the table: means over the seeds that have a score."""
-
-    name: str
-    seeds: int
-    """Seeds that have a score."""
-    missing: int
-    """Seeds whose training failed."""
-    map: float = NAN
-    spread: float = NAN
-    """Standard deviation over the seeds (n - 1); NaN for one."""
-    low: float = NAN
-    high: float = NAN
-    """The bootstrap's interval of the mean."""
-    difference: float = NAN
-    """Of the mean to that of the row compared with, over the seeds that both have."""
-    difference_low: float = NAN
-    difference_high: float = NAN
-    gap: float = NAN
-    """Gap closed, over the seeds that all three rows have."""
-    precision: float = NAN
-    recall: float = NAN
-    groups: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    epoch: float = NAN
-    hours: float = NAN
-    published: float = NAN
-    source: str = ""
-
-
-def finished(training: Training) -> bool:
-    """Whether a training has been scored on the test split."""
-    return storage.exists(storage.join(run_folder_of(training.settings), "result.json"))
-
-
-def result_of(training: Training) -> Result:
-    """What a finished training left."""
-    return Result.read(run_folder_of(training.settings))
-
-
-@dataclasses.dataclass(frozen=True)
-class Yardstick:
-    """What all rows of a table are measured by."""
+class EvalReference:
+    """What all rows of a table are evaluated with."""
 
     images: np.ndarray
-    """int64 [I]: places in the manifest of the test images that have labels, sorted: what the bootstrap draws from."""
+    """int64 [I]: sorted manifest rows of the labeled test images, which the bootstrap resamples."""
     grouped_by: str
-    """The row whose training labels order the classes into the five groups: with labels of its own a row, as that of
-    the full labels has, would else be grouped otherwise than those beside it."""
-    train_positives: np.ndarray
-    train_negatives: np.ndarray
-    """int64 [K], of those labels."""
+    """The row whose training labels define the five class groups. Rows trained on other labels use the same groups."""
+    train_counts: tuple[np.ndarray, np.ndarray]
+    """int64 [K] positives and int64 [K] negatives among those training labels."""
 
 
-def yardstick_of(rows: Sequence[Row], trainings: Mapping[str, Training], settings: CompareSettings) -> Yardstick:
-    """The yardstick of a table; its groups are those of the row compared with, else of the first."""
-    row = next((row for row in rows if row.name == settings.against), rows[0])
-    data = trainings[next(iter(row.trainings.values()))].settings.data
+def eval_reference(rows: Mapping[str, Row], settings: CompareSettings) -> EvalReference:
+    """The reference of a table, with the groups of `compare_to` or else of the first row."""
+    row = rows[settings.compare_to or next(iter(rows))]
+    data = row.first.settings.data
     test = open_split(data, str(data.test_split), f"labels/{data.test_split}.arrow", images="observed")
     counts = LabelTable.open(storage.join(data.root, data.train_labels)).class_counts()
-    return Yardstick(np.sort(test.samples.index), row.name, *counts)
+    return EvalReference(np.sort(test.samples.index), row.name, counts)
 
 
 def score_row(
-    row: Row,
-    trainings: Mapping[str, Training],
-    settings: CompareSettings,
-    yardstick: Yardstick,
-    seen: dict[str, str],
-) -> dict[int, Scored]:
-    """Seed -> score, for the seeds whose training is finished.
+    row: Row, settings: CompareSettings, reference: EvalReference, digests: dict[str, str]
+) -> dict[int, SeedScore]:
+    """Seed -> scores, for the finished seeds.
 
-    seen: what the rows before were scored on, added to; raises DataError where this row was scored on something else.
+    digests: of the test data of earlier rows, updated by this one. Raises DataError if this row was scored on others.
     """
-    found = {}
-    for seed, name in row.trainings.items():
-        training = trainings[name]
-        if not finished(training):
+    by_seed = {}
+    for seed, training in row.trainings.items():
+        if not is_finished(training.folder):
             continue
-        folder, result = run_folder_of(training.settings), result_of(training)
-        best = result.best[row.alpha]
-        chosen = next(figures for figures in result.history if figures["epoch"] == best["epoch"])
-        pairs, num_classes = _same_pairs(folder, row.alpha, seen)
-        test = scores(
-            *pairs[:3],
-            num_classes,
-            settings=training.settings.metrics,
-            train_positives=yardstick.train_positives,
-            train_negatives=yardstick.train_negatives,
+        result = read_result(training.folder)
+        best = result.best[row.alpha]["epoch"]
+        epoch = next(metrics for metrics in result.history if metrics["epoch"] == best)
+        pairs, num_classes = _read_same_pairs(training.folder, row.alpha, digests)
+        metrics, (positives, negatives) = training.settings.metrics, reference.train_counts
+        test = scores(*pairs[:3], num_classes, settings=metrics, train_counts=positives + negatives)
+        values = {
+            "map": test.map,
+            "precision": epoch.get("rejection/precision", math.nan),
+            "recall": epoch.get("rejection/recall", math.nan) if epoch.get("rejection/rejected") else math.nan,
+            "epoch": best,
+            "hours": training_hours(read_journal(training.folder, unreadable={})),
+        }
+        replicates = bootstrap_map(
+            pairs, num_classes, reference.images, replicates=settings.replicates, seed=0, settings=metrics
         )
-        found[seed] = Scored(
-            map=test.map,
-            groups=test.groups,
-            epoch=best["epoch"],
-            precision=chosen.get("rejection/precision", NAN),
-            recall=chosen.get("rejection/recall", NAN) if chosen.get("rejection/rejected") else NAN,
-            hours=hours_of(read_journal(folder, unreadable={})),
-            replicates=bootstrap_map(
-                pairs,
-                num_classes,
-                yardstick.images,
-                replicates=settings.replicates,
-                seed=settings.bootstrap_seed,
-                settings=training.settings.metrics,
-            ),
-        )
-    return found
+        by_seed[seed] = SeedScore(values | test.groups, replicates)
+    return by_seed
 
 
-def _same_pairs(folder: str, alpha: str, seen: dict[str, str]) -> tuple[Pairs, int]:
+def _read_same_pairs(folder: str, alpha: str, digests: dict[str, str]) -> tuple[Pairs, int]:
     pairs, facts = read_pairs(pairs_path(folder, alpha))
     for name in ("split", "labels"):
-        if seen.setdefault(name, facts[name]) != facts[name]:
+        if digests.setdefault(name, facts[name]) != facts[name]:
             raise DataError(
-                f"{folder} was scored on other test {name} than the rows before it: its figures cannot stand in one "
-                "table with theirs. Remove that run's folder, and the same command trains it again"
+                f"{folder} was scored on other test {name} than the rows before it, so they are not comparable. Remove "
+                "that folder and repeat the command to train it again"
             )
     return pairs, int(facts["num_classes"])
 
 
-def hours_of(events: Sequence[Event]) -> float:
-    """Hours that a run was at work: from each start to the end or the last sign of life before the next start."""
-    total, start, last = 0, None, 0
+def training_hours(events: Sequence[Event]) -> float:
+    """Hours that a run was training: from each start to its end, or to the last event before the next start."""
+    total, running, last = 0, False, 0
     for event in events:
         starts = event.kind == "status" and event.value == "RUNNING"
-        ends = event.kind == "status" and event.value in END_STATUSES
-        if start is not None and (starts or ends):
-            total += (event.time_ms if ends else last) - start
-            start = None
-        if starts:
-            start = event.time_ms
+        if running and not starts:
+            total += event.time_ms - last
+        if event.kind == "status":
+            running = event.value not in END_STATUSES
         last = event.time_ms
-    return (total + (last - start if start is not None else 0)) / 3.6e6
+    return total / 3.6e6
 
 
-def table_lines(rows: Mapping[str, dict[int, Scored]], all_seeds: int, settings: CompareSettings) -> list[Line]:
-    """A line for each row (name -> seed -> score), in their order; `all_seeds` were to be trained of each."""
-    below, above, against = (rows.get(name or "", {}) for name in (settings.below, settings.above, settings.against))
-    lines = []
-    for name, scored in rows.items():
-        public = published_map(settings.published, name) if settings.published else None
-        beside = {"published": public[0] / 100, "source": public[1]} if public else {}
-        if not scored:
-            lines.append(Line(name, 0, all_seeds, **beside))
-            continue
-        low, high = interval(_mean_replicates(scored, scored), settings.level)
-        common = scored.keys() & against.keys()
-        apart, spans = NAN, (NAN, NAN)
-        if common and name != settings.against:
-            apart = _mean(scored, common) - _mean(against, common)
-            between = _mean_replicates(scored, common) - _mean_replicates(against, common)
-            spans = interval(between, settings.level)
-        lines.append(
-            Line(
-                name=name,
-                seeds=len(scored),
-                missing=all_seeds - len(scored),
-                map=_mean(scored, scored),
-                spread=float(np.std([s.map for s in scored.values()], ddof=1)) if len(scored) > 1 else NAN,
-                low=low,
-                high=high,
-                difference=apart,
-                difference_low=spans[0],
-                difference_high=spans[1],
-                gap=_gap(scored, below, above),
-                precision=_plain_mean([s.precision for s in scored.values()]),
-                recall=_plain_mean([s.recall for s in scored.values()]),
-                groups={g: _plain_mean([s.groups.get(g, NAN) for s in scored.values()]) for g in GROUPS},
-                epoch=_plain_mean([s.epoch for s in scored.values()]),
-                hours=_plain_mean([s.hours for s in scored.values()]),
-                **beside,
-            )
-        )
-    return lines
+def table_rows(rows: Mapping[str, dict[int, SeedScore]], num_seeds: int, settings: CompareSettings) -> pd.DataFrame:
+    """The table, with one row per name and COLUMNS, from row name -> seed -> scores.
+
+    num_seeds: seeds that each row should have.
+    """
+    baseline, upper_bound, compare_to = (
+        rows.get(name or "", {}) for name in (settings.baseline_row, settings.upper_bound_row, settings.compare_to)
+    )
+    table = []
+    for name, by_seed in rows.items():
+        seeds = pd.DataFrame([score.metrics for score in by_seed.values()], columns=MEANS, dtype=float)
+        values: dict[str, Any] = {"seeds": len(by_seed), "missing": num_seeds - len(by_seed), "source": ""}
+        values |= {"spread": seeds["map"].std(), **seeds.mean()}
+        if settings.published and (published := published_map(settings.published, name)):
+            values |= {"published": published[0] / 100, "source": published[1]}
+        if by_seed:
+            values["low"], values["high"] = interval(_mean_replicates(by_seed, by_seed), 0.95)
+        common = by_seed.keys() & baseline.keys() & upper_bound.keys()
+        if common:
+            own, low, high = (_mean_map(each, common) for each in (by_seed, baseline, upper_bound))
+            values["gap"] = (own - low) / (high - low) if high != low else math.nan
+        common = by_seed.keys() & compare_to.keys()
+        if common and name != settings.compare_to:
+            values["difference"] = _mean_map(by_seed, common) - _mean_map(compare_to, common)
+            differences = _mean_replicates(by_seed, common) - _mean_replicates(compare_to, common)
+            values["difference_low"], values["difference_high"] = interval(differences, 0.95)
+        table.append(values)
+    return pd.DataFrame(table, index=pd.Index(rows, name="name"), columns=COLUMNS)
 
 
-def _mean(scored: Mapping[int, Scored], seeds: Collection[int]) -> float:
-    return float(np.mean([scored[seed].map for seed in sorted(seeds)]))
+def _mean_map(by_seed: Mapping[int, SeedScore], seeds: Collection[int]) -> float:
+    return float(np.mean([by_seed[seed].metrics["map"] for seed in sorted(seeds)]))
 
 
-def _mean_replicates(scored: Mapping[int, Scored], seeds: Collection[int]) -> np.ndarray:
-    return np.mean([scored[seed].replicates for seed in sorted(seeds)], axis=0)
+def _mean_replicates(by_seed: Mapping[int, SeedScore], seeds: Collection[int]) -> np.ndarray:
+    return np.mean([by_seed[seed].replicates for seed in sorted(seeds)], axis=0)
 
 
-def _gap(scored: Mapping[int, Scored], below: Mapping[int, Scored], above: Mapping[int, Scored]) -> float:
-    common = scored.keys() & below.keys() & above.keys()
-    if not common:
-        return NAN
-    ground, top = _mean(below, common), _mean(above, common)
-    return (_mean(scored, common) - ground) / (top - ground) if top != ground else NAN
+def table_cells(table: pd.DataFrame, settings: CompareSettings) -> pd.DataFrame:
+    """The cells of the printed table, without empty columns."""
 
+    def number(column: str, spec: str = ".2f", unit: str = "", scale: float = 100) -> list[str]:
+        return ["-" if math.isnan(value) else f"{scale * value:{spec}}{unit}" for value in table[column]]
 
-def _plain_mean(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else NAN
+    def format_interval(low: str, high: str, spec: str = ".2f") -> list[str]:
+        ends = zip(number(low, spec), number(high, spec), strict=True)
+        return ["-" if first == "-" else f"{first} to {last}" for first, last in ends]
 
-
-def columns_of(lines: Sequence[Line], settings: CompareSettings) -> list[tuple[str, list[str]]]:
-    """Heading and cells of each column of the printed table; columns without any figure are left out."""
-    level = f"{settings.level:.0%}"
-    columns = [
-        ("", [line.name for line in lines]),
-        ("mAP", [_percent(line.map) for line in lines]),
-        ("± seeds", [_percent(line.spread) for line in lines]),
-        (level, [_span(line.low, line.high) for line in lines]),
-        (f"- {settings.against}", [_percent(line.difference, "+.2f") for line in lines]),
-        (f"{level} of it", [_span(line.difference_low, line.difference_high, "+.2f") for line in lines]),
-        ("gap closed", [_percent(line.gap, ".0f", " %") for line in lines]),
-        ("rej. prec.", [_percent(line.precision, ".1f") for line in lines]),
-        ("rej. recall", [_percent(line.recall, ".1f") for line in lines]),
-        *((group, [_percent(line.groups.get(group, NAN)) for line in lines]) for group in GROUPS),
-        ("epoch", [_number(line.epoch, ".3g") for line in lines]),
-        ("hours", [_number(line.hours, ".2f") for line in lines]),
-        ("failed", [str(line.missing) if line.missing else "-" for line in lines]),
-        ("published", [_percent(line.published) for line in lines]),
-    ]
-    return [(heading, cells) for heading, cells in columns if any(cell != "-" for cell in cells)]
-
-
-def as_text(lines: Sequence[Line], settings: CompareSettings, notes: Sequence[str] = ()) -> str:
-    """The table in columns, then a line for each note."""
-    columns = columns_of(lines, settings)
-    widths = [max(map(len, [heading, *cells])) for heading, cells in columns]
-    rows = [[heading for heading, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
-    text = [
-        "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    text.insert(1, "-" * max(map(len, text)))
-    return "\n".join([*text, *notes])
-
-
-def as_csv(lines: Sequence[Line]) -> str:
-    """Every figure of every row, as fractions of full precision; empty where there is none."""
-    names = [field.name for field in dataclasses.fields(Line) if field.name != "groups"]
-    out = io.StringIO()
-    writer = ReportWriter(out)
-    writer.writerow([*names, *GROUPS])
-    for line in lines:
-        values = [getattr(line, name) for name in names] + [line.groups.get(group, NAN) for group in GROUPS]
-        writer.writerow(["" if isinstance(value, float) and math.isnan(value) else value for value in values])
-    return out.getvalue()
-
-
-def as_latex(lines: Sequence[Line], settings: CompareSettings, notes: Sequence[str] = ()) -> str:
-    """A tabular with booktabs' rules; the best mAP is bold, but for the row that the gap is measured up to."""
-    columns = columns_of(lines, settings)
-    best = max((line.map for line in lines if line.name != settings.above and line.seeds), default=NAN)
-    body = []
-    for place, line in enumerate(lines):
-        cells = [_escaped(cells[place]) for _, cells in columns]
-        if line.map == best and line.name != settings.above:
-            cells[1] = rf"\textbf{{{cells[1]}}}"
-        body.append(" & ".join(cells) + r" \\")
-    head = " & ".join(_escaped(heading) for heading, _ in columns) + r" \\"
-    frame = [rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}", r"\toprule", head, r"\midrule"]
-    return "\n".join([*(f"% {note}" for note in notes), *frame, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-def figures_of(lines: Sequence[Line]) -> dict[str, dict[str, float]]:
-    """Row -> its figures by name, for a journal; what is not known is left out."""
-    names = ("map", "spread", "low", "high", "difference", "gap", "precision", "recall", "hours")
-    return {
-        line.name: {name: value for name in names if not math.isnan(value := getattr(line, name))}
-        | {group: value for group, value in line.groups.items() if not math.isnan(value)}
-        for line in lines
+    cells = {
+        "": list(table.index),
+        "mAP": number("map"),
+        "± seeds": number("spread"),
+        "95%": format_interval("low", "high"),
+        f"- {settings.compare_to}": number("difference", "+.2f"),
+        "95% of diff.": format_interval("difference_low", "difference_high", "+.2f"),
+        "gap closed": number("gap", ".0f", " %"),
+        "rej. prec.": number("precision", ".1f"),
+        "rej. recall": number("recall", ".1f"),
+        **{group: number(group) for group in GROUPS},
+        "epoch": number("epoch", ".3g", scale=1),
+        "hours": number("hours", ".2f", scale=1),
+        "failed": [str(count or "-") for count in table["missing"]],
+        "published": number("published"),
     }
+    return pd.DataFrame({heading: column for heading, column in cells.items() if set(column) != {"-"}})
 
 
-def _percent(value: float, form: str = ".2f", unit: str = "") -> str:
-    return _number(100 * value, form) + (unit if not math.isnan(value) else "")
+def as_text(table: pd.DataFrame, settings: CompareSettings, notes: Sequence[str] = ()) -> str:
+    """The table in columns, followed by one line per note."""
+    cells = table_cells(table, settings)
+    return "\n".join([format_table([list(cells), *cells.to_numpy().tolist()]), *notes])
 
 
-def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Cells in aligned columns, the first to the left; the first row is the heading."""
+    heading, *lines = align_columns(rows)
+    return "\n".join([heading, "-" * max(map(len, [heading, *lines])), *lines])
 
 
-def _span(low: float, high: float, form: str = ".2f") -> str:
-    return "-" if math.isnan(low) else f"{_percent(low, form)} to {_percent(high, form)}"
+def as_csv(table: pd.DataFrame) -> str:
+    """All numbers of all rows, as fractions of full precision; empty if unknown."""
+    known = table.reset_index().astype(object).where(table.reset_index().notna(), "")
+    return format_csv([list(known), *known.to_numpy().tolist()])
 
 
-_SIGNS = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "±": r"$\pm$", "\\": r"\textbackslash{}"}
+def as_latex(table: pd.DataFrame, settings: CompareSettings, notes: Sequence[str] = ()) -> str:
+    """A tabular with booktabs rules; the best mAP is bold, apart from the upper bound."""
+    cells = table_cells(table, settings)
+    style: Any = cells.style.hide(axis="index").format(escape="latex")
+    style = style.format_index(escape="latex", axis="columns")
+    scores = table["map"].where(table.index != settings.upper_bound_row).to_numpy()
+    if not np.isnan(scores).all():
+        style = style.set_properties(subset=([np.nanargmax(scores)], ["mAP"]), textbf="--rwrap")
+    latex = style.to_latex(hrules=True, column_format="l" + "r" * (cells.shape[1] - 1))
+    return "".join(f"% {note}\n" for note in notes) + latex
 
 
-def _escaped(text: str) -> str:
-    return "--" if text == "-" else "".join(_SIGNS.get(sign, sign) for sign in text)
+def table_metrics(regime: str, table: pd.DataFrame) -> dict[str, float]:
+    """The known numbers by names that trackers accept: mAP of LL-R + BoostLU in regime single is
+    mAP/single/LL-R BoostLU."""
+    fields = ["map", "spread", "low", "high", "difference", "gap", "precision", "recall", "hours", *GROUPS]
+    metrics = {}
+    for row, values in table[fields].iterrows():
+        name = " ".join(re.sub(r"[^\w. :-]", " ", str(row), flags=re.ASCII).split())
+        for field, value in values.dropna().items():
+            metrics["/".join(["mAP" if field == "map" else str(field), *([regime] if regime else []), name])] = value
+    return metrics

@@ -1,1 +1,1 @@
-"""The only room that knows Ray."""
+"""Training, tuning, preparation and prediction on a Ray cluster. The only package that imports Ray."""

@@ -1,71 +1,63 @@
-"""A training's figures for Prometheus, through the exporter that every Ray node has (`cluster/monitoring`).
+"""Metrics of a training for Prometheus, through the exporter of each Ray node (see `cluster/monitoring`).
 
-Ray puts `ray_` before a name and, for what only grows, `_total` behind it; it publishes every ten seconds or so.
+Ray adds the prefix `ray_`, and the suffix `_total` to counters, and exports about every ten seconds.
 """
 
 import math
+import operator
 
 from ray.util.metrics import Counter, Gauge
 
 from paml.training.meter import Meter, Usage
 
 COUNTERS = {
-    "paml_images": "Images trained on.",
-    "paml_train_seconds": "Worker seconds of training, waits and checkpoints included, scoring not.",
-    "paml_data_wait_seconds": "Of these: waiting for batches that were not ready.",
-    "paml_checkpoint_seconds": "Of these: standing still for a checkpoint.",
-    "paml_checkpoints": "Checkpoints made.",
-    "paml_bucket_bytes": "Bytes of shards read from a bucket.",
-    "paml_cache_hits": "Shards opened that lay in the node's cache.",
-    "paml_cache_misses": "Shards fetched into the node's cache.",
-    "paml_images_past_cache": "Images read straight from a bucket, since the cache had no room.",
+    "paml_images": ("images", "Images trained on."),
+    "paml_train_seconds": ("seconds", "Worker seconds of training, with waits and checkpoints, without evaluation."),
+    "paml_data_wait_seconds": ("waited_seconds", "Of these, seconds spent waiting for batches."),
+    "paml_checkpoint_seconds": ("checkpoint_seconds", "Of these, seconds spent waiting for checkpoints."),
+    "paml_checkpoints": ("checkpoints", "Checkpoints written."),
+    "paml_remote_read_bytes": ("traffic.bytes_fetched", "Bytes of shards read from a bucket."),
+    "paml_cache_hits": ("traffic.hits", "Shards opened from the node's cache."),
+    "paml_cache_misses": ("traffic.misses", "Shards fetched into the node's cache."),
+    "paml_cache_bypassed_images": ("traffic.ranges", "Images read directly from a bucket because the cache was full."),
 }
+"""Name in Prometheus -> (attribute of a worker's usage, description)."""
 GAUGES = {
-    "paml_epoch": ("epoch", "The last epoch with figures."),
+    "paml_epoch": ("epoch", "The last evaluated epoch."),
     "paml_train_loss": ("train/loss", "Loss of that epoch, over all workers."),
-    "paml_validation_map": ("val/map", "Validation mAP, 0 to 1."),
-    "paml_rejected_share": ("rejection/rejected_share", "Share of the unobserved labels that were rejected."),
-    "paml_rejection_precision": ("rejection/precision", "Of the rejected labels, truly false negatives (full labels)."),
-    "paml_probe_recall": ("rejection/probe_recall", "Hidden positives that were rejected: an estimate of recall."),
-    "paml_probe_false_rejection": ("rejection/probe_false_rejection", "Hidden negatives that were rejected."),
+    "paml_val_map": ("val/mAP", "Validation mAP, 0 to 1."),
+    "paml_rejected_fraction": ("rejection/rejected_fraction", "Fraction of the unobserved labels that was rejected."),
+    "paml_rejection_precision": ("rejection/precision", "Fraction of rejected labels that are false negatives."),
+    "paml_probe_recall": ("rejection/probe_recall", "Fraction of hidden positives that was rejected."),
+    "paml_probe_false_rejection_rate": (
+        "rejection/probe_false_rejection_rate",
+        "Rejected fraction of hidden negatives.",
+    ),
 }
-"""Name in Prometheus: name among an epoch's figures, and what it says. The first worker alone publishes them."""
+"""Name in Prometheus -> (metric of an epoch, description). Exported by the first worker."""
 
 
 class RayMeter(Meter):
-    """A worker's meter whose sums and figures go to Ray's exporter, tagged by run and rank."""
+    """A meter that exports usage and metrics, tagged by run and rank."""
 
     def __init__(self, run: str, rank: int) -> None:
         super().__init__()
-        by_rank, by_run = {"run": run, "rank": str(rank)}, {"run": run}
-        self._counters = {name: Counter(name, about, tuple(by_rank)) for name, about in COUNTERS.items()}
-        self._gauges = {name: Gauge(name, about, tuple(by_run)) for name, (_, about) in GAUGES.items()}
+        self._counters = {name: Counter(name, about, ("run", "rank")) for name, (_, about) in COUNTERS.items()}
+        self._gauges = {name: Gauge(name, about, ("run",)) for name, (_, about) in GAUGES.items()}
         for counter in self._counters.values():
-            counter.set_default_tags(by_rank)
+            counter.set_default_tags({"run": run, "rank": str(rank)})
         for gauge in self._gauges.values():
-            gauge.set_default_tags(by_run)
+            gauge.set_default_tags({"run": run})
 
-    def publish(self, used: Usage) -> None:
-        """Add to the counters; what has not grown is left alone."""
-        traffic = used.traffic
-        values = {
-            "paml_images": used.images,
-            "paml_train_seconds": used.seconds,
-            "paml_data_wait_seconds": used.waited_seconds,
-            "paml_checkpoint_seconds": used.checkpoint_seconds,
-            "paml_checkpoints": used.checkpoints,
-            "paml_bucket_bytes": traffic.bytes_fetched,
-            "paml_cache_hits": traffic.hits,
-            "paml_cache_misses": traffic.misses,
-            "paml_images_past_cache": traffic.ranges,
-        }
-        for name, value in values.items():
-            if value > 0:
+    def publish(self, usage: Usage) -> None:
+        """Add the usage to the counters."""
+        for name, (attribute, _) in COUNTERS.items():
+            if (value := operator.attrgetter(attribute)(usage)) > 0:
                 self._counters[name].inc(value)
 
-    def figures(self, figures: dict[str, float]) -> None:
-        """Set the gauges that the epoch has figures for."""
-        for name, (figure, _) in GAUGES.items():
-            value = figures.get(figure, math.nan)
+    def epoch_metrics(self, metrics: dict[str, float]) -> None:
+        """Set the gauges of the metrics that the epoch has."""
+        for name, (metric, _) in GAUGES.items():
+            value = metrics.get(metric, math.nan)
             if not math.isnan(value):
                 self._gauges[name].set(value)

@@ -1,15 +1,13 @@
-"""Ray Train workers around the training loop: DDP process groups, lost workers replaced, results brought home."""
+"""Training on Ray Train workers: starts them, replaces lost ones, and returns the result to the driver."""
 
 import contextlib
-import json
 import logging
 import math
 import os
 import platform
 import re
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
@@ -23,151 +21,135 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from paml import storage
 from paml.distributed import cluster
-from paml.distributed.console import Console, ConsoleHandler, RemoteBar, printing
-from paml.distributed.hangs import ControllerProcess, Heartbeat, StallError, Watch, beat_seconds
+from paml.distributed.capacity import RestartPolicy, wait_for_capacity
+from paml.distributed.cluster import print_line, print_to_stderr
+from paml.distributed.console import ConsoleHandler, RemoteProgress, forward_console, start_console
+from paml.distributed.hangs import HangError, HangMonitor, HeartbeatThread, ReportController, heartbeat_seconds
 from paml.distributed.metrics import RayMeter
-from paml.distributed.room import Move, wait_for_room
-from paml.errors import PamlError, SettingsError
-from paml.tracking.journal import Journal
-from paml.training.loop import Left, Result, Watcher, train
+from paml.errors import PamlError, SettingsError, StorageError
+from paml.runs.folder import save_pairs
+from paml.runs.journal import Journal
+from paml.training.hooks import NoProgress, RunHooks, RunPreempted
+from paml.training.loop import train as run_loop
+from paml.training.result import Result
 from paml.training.settings import TrainSettings, WorkerSettings
 from paml.training.world import World, current_world
 
 END_SECONDS = 45.0
-"""How long Ray Train's controller may take to end an attempt that was given up: 35 s where a worker does not listen."""
+"""Time limit for Ray Train's controller to end an attempt. It takes 35 s if a worker does not respond."""
 
 
 def connect(settings: WorkerSettings) -> None:
-    """Join the cluster of `workers.address` or RAY_ADDRESS; where there is none, start Ray in this process."""
+    """Join the cluster at `workers.address` or RAY_ADDRESS, or start Ray in this process if both are unset."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     for name in ("COLLECTIVE_TIMEOUT_S", "WORKER_HEALTH_CHECK_TIMEOUT_S"):
-        os.environ.setdefault(f"RAY_TRAIN_{name}", str(_later(settings)))
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a lost node is a lost worker, replaced below
-    # Workers speak through Console; what else Ray's processes print stays in Ray's log folder.
+        os.environ.setdefault(f"RAY_TRAIN_{name}", str(_late_timeout(settings)))
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # RestartPolicy watches for preempted nodes
     cluster.join(settings.address)
 
 
-def _later(settings: WorkerSettings) -> float:
-    """When all else gives up, in seconds: after the watch, which alone can tell which worker is to blame."""
+def _late_timeout(settings: WorkerSettings) -> float:
+    """Time limit in seconds for everything but HangMonitor, which goes first since only it can tell the cause."""
     return 1.2 * settings.collective_timeout_seconds + 5
 
 
-def _start_seconds(settings: WorkerSettings) -> float:
-    """When workers that were not heard of are given up: Ray Train's wait for their place, then that for their start,
-    which takes minutes where a machine is busy or an image is to be pulled.
+def _start_timeout(settings: WorkerSettings) -> float:
+    """Time limit in seconds for workers to start: Ray Train's limit for their placement, and time to pull an image."""
+    placement = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 60.0))
+    return placement + max(300.0, settings.collective_timeout_seconds)
+
+
+def resources_per_worker(settings: WorkerSettings, available: Mapping[str, float]) -> dict[str, float]:
+    """CPUs and GPUs of each worker: as set, or equal shares of the cluster's, with at most one GPU.
+
+    Raises SettingsError if the workers do not fit on the cluster, unless they are elastic.
     """
-    placed = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 60.0))
-    return placed + max(300.0, settings.collective_timeout_seconds)
-
-
-def resources_per_worker(settings: WorkerSettings, cluster: dict[str, float]) -> dict[str, float]:
-    """CPUs and GPUs of each worker: as set, else equal shares of what the cluster has, one GPU at most."""
-    gpus = settings.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if cluster.get("GPU", 0) >= 1 else 0.0
-    cpus = settings.cpus_per_worker
-    if cpus is None:
-        share = cluster.get("CPU", 1.0) / settings.num_workers
-        cpus = float(int(share)) if share >= 1 else int(share * 100) / 100
-    fits = settings.num_workers * gpus <= cluster.get("GPU", 0) and settings.num_workers * cpus <= cluster.get("CPU", 0)
+    all_cpus, all_gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
+    gpus = gpus_per_worker(settings, available)
+    cpus = settings.cpus_per_worker or cpu_share(all_cpus or 1.0, settings.num_workers)
+    fits = settings.num_workers * gpus <= all_gpus and settings.num_workers * cpus <= all_cpus
     if not fits and settings.min_workers is None:
         raise SettingsError(
-            f"{settings.num_workers} workers of {cpus:g} CPUs and {gpus:g} GPUs do not fit the cluster, which has "
-            f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs: lower workers.num_workers or the "
-            "share of each"
+            f"{settings.num_workers} workers with {cpus:g} CPUs and {gpus:g} GPUs each do not fit on the cluster, "
+            f"which has {all_cpus:g} CPUs and {all_gpus:g} GPUs: lower workers.num_workers, workers.cpus_per_worker or "
+            "workers.gpus_per_worker"
         )
     return {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
 
 
+def gpus_per_worker(settings: WorkerSettings, available: Mapping[str, float]) -> float:
+    """As set, or one if the cluster has any."""
+    if settings.gpus_per_worker is not None:
+        return settings.gpus_per_worker
+    return 1.0 if available.get("GPU", 0.0) >= 1 else 0.0
+
+
+def cpu_share(cpus: float, workers: int) -> float:
+    """CPUs per worker: a whole number, or below one CPU a multiple of 0.01."""
+    share = cpus / workers
+    return float(int(share)) if share >= 1 else int(share * 100) / 100
+
+
 def train_on_ray(
-    settings: TrainSettings,
-    run_folder: str,
-    last_epoch: int | None = None,
-    *,
-    say: Callable[[str], None] | None = None,
-    callbacks: Sequence[UserCallback] = (),
+    settings: TrainSettings, *, log: Callable[[str], None] | None = None, callbacks: Sequence[UserCallback] = ()
 ) -> Result:
-    """Run the loop on Ray Train workers. Lost workers are replaced `workers.max_failures` times, each time from the
-    newest checkpoint. Workers on a node that is about to go move elsewhere, and an elastic run takes what room there
-    is; neither counts as a failure. With `last_epoch` it breaks off after that epoch, and the result is empty. Raises
-    PamlError for what starting again would only repeat, RuntimeError for a lost cause.
+    """Execute the training loop on Ray Train workers. `connect` must have been called.
 
-    say: hears the workers' lines instead of the terminal. callbacks: Ray Train's, called in its controller.
+    Lost workers are replaced `workers.max_failures` times, and training resumes from the newest checkpoint. Workers
+    leave nodes that are being removed, and elastic runs grow with the cluster; these restarts do not count.
+
+    log: receives the lines of the workers; by default they are printed. callbacks: for Ray Train's controller.
+    Raises PamlError for errors that a restart would repeat, RuntimeError after too many failures.
     """
-    return cluster.beside(lambda: _attempts(settings, run_folder, last_epoch, say, callbacks))
+    return cluster.call_in_thread(lambda: _run_attempts(settings, log, callbacks))
 
 
-def _attempts(
-    settings: TrainSettings,
-    run_folder: str,
-    last_epoch: int | None,
-    say: Callable[[str], None] | None,
-    callbacks: Sequence[UserCallback],
+def _run_attempts(
+    settings: TrainSettings, log: Callable[[str], None] | None, callbacks: Sequence[UserCallback]
 ) -> Result:
-    workers = settings.workers
-    resources = resources_per_worker(workers, dict(ray.cluster_resources()))
-    least, failures, count = workers.min_workers or workers.num_workers, 0, workers.num_workers
-    tell, begun = say or _to_terminal, False
+    workers, failures = settings.workers, 0
+    resources = resources_per_worker(workers, ray.cluster_resources())
+    count, needs_capacity = workers.num_workers, workers.min_workers is not None
+    log_event = log or print_to_stderr
     while True:
-        if begun or workers.min_workers is not None:
-            count = wait_for_room(resources, least, workers.num_workers, _start_seconds(workers), tell)
+        if needs_capacity:
+            least = workers.min_workers or workers.num_workers
+            count = wait_for_capacity(resources, least, workers.num_workers, _start_timeout(workers), log_event)
             if count < workers.num_workers:
-                tell(f"going on with {count} of {workers.num_workers} workers: the cluster has room for no more")
-        begun = True
-        console = _console()
+                log_event(f"training with {count} of {workers.num_workers} workers: no more fit on the cluster")
+        needs_capacity = True
+        # It is on the driver's node, without which the run ends anyway, and restarted if its process is killed.
+        this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        console = start_console(max_restarts=-1, max_task_retries=-1, scheduling_strategy=this_node)
         try:
-            with printing(console, say=say):
-                failure = _fit(settings, run_folder, resources, count, console, last_epoch, callbacks)
-            patience = max(30.0, workers.collective_timeout_seconds)
-            message = None if failure is None else _answer(console.failed_for_good, patience)
-            left = None if failure is not None else _answer(console.why_left, patience)
+            with forward_console(console, log or print_line):
+                failure = _run_attempt(settings, resources, count, console, callbacks)
+            answer = console.outcome.remote()
+            outcome: dict[str, Any] = ray.get(answer, timeout=max(30.0, workers.collective_timeout_seconds))
+        except RayError as error:
+            raise RuntimeError(
+                f"Ray does not answer ({last_line(error)}): check `ray status`, restart Ray if it hangs, and repeat "
+                "the command with --run.resume true"
+            ) from error
         finally:
             ray.kill(console)
-        if left is not None:
-            tell(f"{left}: the workers have left a checkpoint, and begin again")
+        if failure is None and "preempted" in outcome:
+            log_event(f"{outcome['stop_reason'] or 'the driver asked'}: the workers wrote a checkpoint and restart")
             continue
-        if failure is None and last_epoch is not None:
-            return Result({}, {}, [])
-        if failure is None:
-            return Result.read(run_folder)
-        if message is not None:
-            raise PamlError(message)
+        if failure is None and "result" in outcome:
+            return outcome["result"]
+        if failure is not None and "fatal_error" in outcome:
+            raise PamlError(outcome["fatal_error"])
         failures += 1
         if failures > workers.max_failures:
             raise RuntimeError(f"training failed {failures} times, the last time by:\n{failure}")
-        _to_terminal(f"{what_failed(failure)}; restart {failures} of {workers.max_failures} from the newest checkpoint")
+        reason = "the result was lost" if failure is None else describe_failure(failure)
+        print_to_stderr(f"{reason}; restart {failures} of {workers.max_failures} from the newest checkpoint")
 
 
-def _console() -> Any:
-    """One an attempt, so that what is left of the last one is not heard; it comes back where its process is killed.
-
-    It is on the driver's node, which nothing of the run outlives: anywhere else, as on the head, it would be one more
-    thing that can be lost.
-    """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    kept: Any = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    actor: Any = ray.remote(**kept)(Console)
-    return actor.remote()
-
-
-def _to_terminal(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _answer(method: Any, seconds: float) -> Any:
-    """What an actor answers. Raises RuntimeError where nothing comes in time: then Ray itself is at fault."""
-    try:
-        return ray.get(method.remote(), timeout=seconds)
-    except RayError as error:
-        raise RuntimeError(
-            f"Ray has not answered for {seconds:g} s ({_last_line(error)}): see `ray status` and start Ray again where "
-            "it hangs, then give the same command with --run.resume true"
-        ) from error
-
-
-def what_failed(failure: BaseException) -> str:
-    """One line. Workers that died are named alone: the errors of the others follow from that."""
-    if isinstance(failure, StallError):
+def describe_failure(failure: BaseException) -> str:
+    """One line. If workers died, only they are named, since the errors of the others follow from that."""
+    if isinstance(failure, HangError):
         return str(failure)
     failures = dict(getattr(failure, "worker_failures", {}))
     causes = {rank: getattr(error, "health_check_failure", error) for rank, error in failures.items()}
@@ -175,153 +157,142 @@ def what_failed(failure: BaseException) -> str:
     if dead:
         return "; ".join(f"worker {rank} died ({_cause_of_death(error)})" for rank, error in sorted(dead.items()))
     if causes:
-        return "; ".join(f"worker {rank} failed ({_last_line(error)})" for rank, error in sorted(causes.items()))
-    return f"the workers failed ({_last_line(failure)})"
+        return "; ".join(f"worker {rank} failed ({last_line(error)})" for rank, error in sorted(causes.items()))
+    return f"the workers failed ({last_line(failure)})"
 
 
 def _cause_of_death(error: BaseException) -> str:
     detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", str(error), re.DOTALL)
-    return detail.group(1).strip()[:300] if detail else _last_line(error)
+    return detail.group(1).strip()[:300] if detail else last_line(error)
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: object) -> str:
+    """The last line of an error's message, which is the cause if it has a traceback."""
     lines = str(error).strip().splitlines()
-    return lines[-1][:300] if lines else type(error).__name__
+    return lines[-1].strip()[:500] if lines else type(error).__name__
 
 
-def _fit(
-    settings: TrainSettings,
-    run_folder: str,
-    resources: dict,
-    count: int,
-    console: Any,
-    last_epoch: int | None,
-    callbacks: Sequence[UserCallback],
+def _run_attempt(
+    settings: TrainSettings, resources: dict[str, float], count: int, console: Any, callbacks: Sequence[UserCallback]
 ) -> BaseException | None:
-    """One attempt; None when it finished. Its name is new each time, so Ray never takes up an old one in silence."""
+    """Returns what failed, or None. The attempt has a new name, so that Ray does not restore an earlier one."""
     workers, on_gpus = settings.workers, "GPU" in resources
     environment = cluster.task_environment()
-    limit, later = workers.collective_timeout_seconds, _later(workers)
-    if on_gpus:  # NCCL is to go first, since it then writes down which collectives were under way
-        limit, later = later, limit
-        environment = environment | {"env_vars": environment.get("env_vars", {}) | nccl_environment(settings.run.name)}
+    limit, late = workers.collective_timeout_seconds, _late_timeout(workers)
+    if on_gpus:  # NCCL times out first, to dump the collectives in progress
+        limit, late = late, limit
+        variables = environment.get("env_vars", {}) | nccl_environment(str(settings.run.name))
+        environment = environment | {"env_vars": variables}
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={
-            "settings": settings,
-            "run_folder": run_folder,
-            "last_epoch": last_epoch,
-            "console": console,
-            "storage": ray.put(cluster.storage_environment()),  # a reference, since dashboards show what stands here
-        },
-        torch_config=TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=math.ceil(later)),
+        # The credentials are passed by reference, since dashboards show this dict.
+        train_loop_config={"settings": settings, "console": console, "storage": ray.put(cluster.storage_environment())},
+        torch_config=TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=math.ceil(late)),
         scaling_config=ScalingConfig(num_workers=count, use_gpu=on_gpus, resources_per_worker=resources),
         run_config=RunConfig(
             name=f"{settings.run.name}-{time.time_ns()}",
-            storage_path=ray_storage(run_folder),
-            callbacks=[*callbacks, ControllerProcess(console)],  # pyright: ignore[reportArgumentType] - Ray takes both
+            storage_path=ray_storage(settings.run.folder),
+            callbacks=[*callbacks, ReportController(console)],  # pyright: ignore[reportArgumentType] - Ray takes both
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             worker_runtime_env=environment,
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    watch, move = Watch(console, count, limit, _start_seconds(workers)), Move(workers, resources, count)
-    outcome = cluster.in_thread(trainer.fit)
+    monitor = HangMonitor(console, count, limit, _start_timeout(workers))
+    restart_policy = RestartPolicy(workers, resources, count)
+    outcome = cluster.start_thread(trainer.fit)
     try:
         while not outcome.done():
-            wait([outcome], timeout=watch.every_seconds)
-            stalled = None if outcome.done() else watch.look()
-            if stalled is not None:
-                watch.end_attempt(outcome, END_SECONDS)
-                hint = "Where that may truly take longer, raise workers.collective_timeout_seconds"
-                return StallError(f"{stalled}. {hint}")
-            reason = move.reason(watch.nodes)
+            wait([outcome], timeout=monitor.every_seconds)
+            hang = None if outcome.done() else monitor.check()
+            if hang is not None:
+                monitor.end_attempt(outcome, END_SECONDS)
+                return HangError(f"{hang}. If this can take longer, raise workers.collective_timeout_seconds")
+            reason = restart_policy.reason(monitor.nodes)
             if reason is not None:
-                console.leave.remote(reason)
+                console.request_stop.remote(reason)
     finally:
-        move.close()
+        restart_policy.close()
     error = outcome.exception()
     if error is None:
         return None
-    if not isinstance(error, ray.train.TrainingFailedError | RayError):
-        raise error
     if not isinstance(error, ray.train.TrainingFailedError):
-        watch.clear_up()
-    stalled = watch.look(0.8)  # of two that notice it, the one that cannot tell whom to blame may have been faster
-    return StallError(f"{stalled} ({what_failed(error)})") if stalled is not None else error
+        if not isinstance(error, RayError):
+            raise error
+        monitor.release_resources()
+    hang = monitor.check(0.8)  # a time-out elsewhere may have been faster than the monitor
+    return HangError(f"{hang} ({describe_failure(error)})") if hang is not None else error
 
 
-def ray_storage(run_folder: str) -> str:
-    """Where Ray keeps its own notes of an attempt; nothing of ours depends on them."""
-    folder = storage.join(run_folder, "ray")
+def ray_storage(folder: str) -> str:
+    """Folder for Ray's own records; paml does not read them."""
+    folder = storage.join(folder, "ray")
     return folder if storage.is_remote(folder) else str(Path(folder).resolve())
 
 
 def nccl_environment(run: str) -> dict[str, str]:
-    """What makes NCCL give up on a collective that hangs and leave on the node's disk which were under way; what the
-    user has set stands. Both spellings, since torch changed them with 2.9.
-    """
-    trace = storage.join(dumps_folder(run), "rank_")
-    wanted = {
+    """Variables that make NCCL abort a hanging collective and dump those in progress to the node's disk, unless set by
+    the user."""
+    defaults = {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
-        **dict.fromkeys(("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"),
-        **dict.fromkeys(("TORCH_FR_DUMP_ON_TIMEOUT", "TORCH_NCCL_DUMP_ON_TIMEOUT"), "1"),
-        **dict.fromkeys(("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"), trace),
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": storage.join(_dump_folder(run), "rank_"),
     }
-    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+    return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
-def dumps_folder(run: str) -> str:
-    """Where a node keeps what NCCL wrote down, until the next attempt takes it into the run's storage."""
+def _dump_folder(run: str) -> str:
     return storage.join(storage.cache_folder(), "nccl", run)
 
 
-def _keep_dumps(run: str, run_folder: str) -> None:
-    """Bring what NCCL wrote on this node in an attempt before into `<run>/hangs/`; make room for the next."""
-    folder = dumps_folder(run)
+def _upload_dumps(settings: TrainSettings) -> None:
+    """Move NCCL's dumps of earlier attempts from this node to `<run>/hangs/`."""
+    folder = _dump_folder(str(settings.run.name))
     os.makedirs(folder, exist_ok=True)
     for name in storage.list_files(folder):
         local = storage.join(folder, name)
-        kept = f"{time.strftime('%Y%m%d-%H%M%S')}-{platform.node()}-{name}"
+        target = f"{time.strftime('%Y%m%d-%H%M%S')}-{platform.node()}-{name}"
         with contextlib.suppress(FileNotFoundError):  # another worker of this node was faster
-            storage.upload(local, storage.join(run_folder, "hangs", kept))
+            storage.copy(local, storage.join(settings.run.folder, "hangs", target))
             storage.delete(local)
 
 
 def _worker(config: dict[str, Any]) -> None:
-    settings, run_folder, console = config["settings"], config["run_folder"], config["console"]
-    world = current_world(_later(settings.workers))
-    heart = Heartbeat(console, world.rank, every_seconds=beat_seconds(settings.workers.collective_timeout_seconds))
-    try:
-        _work(settings, run_folder, world, heart, config)
-    finally:
-        heart.end()
+    """The function that Ray Train calls in each worker."""
+    settings, console = config["settings"], config["console"]
+    world, timeout = current_world(_late_timeout(settings.workers)), settings.workers.collective_timeout_seconds
+    with contextlib.closing(HeartbeatThread(console, world.rank, heartbeat_seconds(timeout))) as heartbeat:
+        os.environ.update(ray.get(config["storage"], timeout=timeout))
+        logging.getLogger().addHandler(ConsoleHandler(console, first=world.first))
+        logging.captureWarnings(True)
+        if world.device.type == "cuda":
+            _upload_dumps(settings)
+        _train_in_worker(settings, world, heartbeat, console)
 
 
-def _work(settings: TrainSettings, run_folder: str, world: World, heart: Heartbeat, config: dict[str, Any]) -> None:
-    console = config["console"]
-    os.environ.update(ray.get(config["storage"], timeout=settings.workers.collective_timeout_seconds))
-    logging.getLogger().addHandler(ConsoleHandler(console, first=world.first))
-    logging.captureWarnings(True)
-    if world.device.type == "cuda":
-        _keep_dumps(settings.run.name, run_folder)
-    watcher = Watcher(
-        journal=Journal(run_folder, "rank0") if world.first else None,
-        say=lambda line: console.say.remote(line),  # without waiting: a console that is away holds up no worker
-        bar=(lambda title, images: RemoteBar(console, title, images)) if world.first else Watcher.bar,
-        epoch_done=lambda figures: ray.train.report(dict(figures)),
-        meter=RayMeter(settings.run.name, world.rank),
-        at=heart.at,
-        leaving=lambda: world.any(heart.leave),
+def _train_in_worker(settings: TrainSettings, world: World, heartbeat: HeartbeatThread, console: Any) -> None:
+    timeout = settings.workers.collective_timeout_seconds
+    hooks = RunHooks(
+        record_metrics=Journal(settings.run.folder, "rank0").metrics if world.first else RunHooks.record_metrics,
+        log=lambda line: console.log.remote(line),  # does not wait for the console
+        progress=(lambda title, images: RemoteProgress(console, title, images)) if world.first else NoProgress,
+        on_epoch_end=lambda metrics: ray.train.report(dict(metrics)),
+        meter=RayMeter(str(settings.run.name), world.rank),
+        on_position=heartbeat.on_position,
+        should_stop=lambda: world.any(heartbeat.stop_requested),
     )
     try:
-        result = train(settings, world, watcher, config["last_epoch"])
-    except Left:
+        result = run_loop(settings, world, hooks)
+    except RunPreempted:
         if world.first:
-            ray.get(console.left.remote(), timeout=settings.workers.collective_timeout_seconds)
+            ray.get(console.set_outcome.remote(preempted=True), timeout=timeout)
         return
     except PamlError as error:
-        ray.get(console.fatal.remote(str(error)), timeout=settings.workers.collective_timeout_seconds)
+        if not isinstance(error, StorageError):
+            ray.get(console.set_outcome.remote(fatal_error=str(error)), timeout=timeout)
         raise
-    if world.first and config["last_epoch"] is None:  # a file that means that the run is at its end
-        storage.write_bytes(storage.join(run_folder, "result.json"), json.dumps(result.to_json()).encode())
+    if world.first:
+        save_pairs(settings.run.folder, result)
+        result = Result(result.best, result.test, result.history)
+        ray.get(console.set_outcome.remote(result=result), timeout=timeout)

@@ -1,11 +1,11 @@
-"""The paper's analysis of explanations: the maps of two or more checkpoints, on the same labels of the same images.
+"""The paper's analysis of explanations: maps of two or more checkpoints, compared on the same labels.
 
-Kim et al. (CVPR 2023, section 3) find that training on partial labels as AN keeps the order of a map's scores and
-shrinks the large ones. `explain` measures both between any checkpoints, of raw and of boosted maps, and draws them.
+Kim et al. (CVPR 2023, section 3) observe that training with partial labels as AN keeps the order of a map's scores and
+shrinks the large ones. `explain` measures both effects between any checkpoints, for raw and boosted maps.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,297 +13,246 @@ import torch
 from paml import storage
 from paml.data.decode import decode_into
 from paml.data.loader import Batch
-from paml.errors import DataError, SettingsError
+from paml.errors import DataError, SettingsError, check_setting
 from paml.explain import measures
-from paml.explain.boxes import Boxes, read_boxes
-from paml.explain.panel import PanelRow, choose_labels, draw_map_panel, panel_row
-from paml.explain.rejected import draw_rejected, rejects
-from paml.explain.report import (
-    KINDS,
-    Measured,
-    draw_ends,
-    draw_likeness,
-    summary,
-    summary_csv,
-    summary_text,
-    write_rows,
-)
-from paml.explain.runs import OpenRun, open_runs
+from paml.explain.boxes import read_boxes
+from paml.explain.panel import PanelRow, boosted_map, choose_labels, draw_map_panel, draw_rows
+from paml.explain.plots import draw_extremes, draw_learning_curves, draw_rejected, draw_similarity
+from paml.explain.report import MAP_KINDS, METRICS, MapMetrics, summary_text, write_metrics
 from paml.labels.states import POSITIVE
+from paml.plots import new_figure, save_figure
+from paml.runs.spec import OpenRun, open_runs, training_split_of
 from paml.shards.reader import ShardReader
-from paml.training.data import Split, eval_loader, open_split, same_classes
-from paml.training.loop import terminal_bar
+from paml.training.data import Split, eval_loader, open_split
+from paml.training.hooks import terminal_progress
 from paml.training.world import World, current_world
 
-PAIRS_AT_ONCE = 4096
-"""Labels whose maps are measured together: bounds the memory of a batch with many labels."""
+LABELS_PER_CHUNK = 4096
+"""Labels measured at once; bounds memory for batches with many labels."""
+_COMPARED_IMAGES = 120
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExplainSettings:
-    """What to compare."""
+    """Which runs to compare, and on which images."""
 
     runs: dict[str, str]
-    """Title: FOLDER[@CHECKPOINT][:alpha=A], two or more. CHECKPOINT is best (the default), newest or step-*; A is the
-    run's boost.eval unless given: '{full: runs/full, AN + boost: "runs/an@best:alpha=5"}'."""
-    reference: str | None = None
-    """Title of the run that the others are compared with; null takes the first."""
+    """Two or more runs, by title: FOLDER[@CHECKPOINT][:alpha=A]. The others are compared with the first. CHECKPOINT is
+    best (default), newest or step-*; A defaults to the run's boost.eval. Example: '{full: runs/full, AN + boost:
+    "runs/an@best:alpha=5"}'."""
     split: str = "test"
     """Split of the prepared data, with the labels of its table."""
     root: str | None = None
-    """Prepared data folder; null takes the reference run's data.root."""
+    """Prepared data folder; null uses the first run's data.root."""
     images: int | None = None
-    """Take only so many images of the split, drawn with `seed`; null takes all."""
+    """Size of a random sample of the split's images; null uses all images."""
     seed: int = 0
-    """Of the images drawn and of the panel's labels."""
+    """Seed of the image sample."""
     boxes: str | None = None
-    """CSV of boxes as Open Images has (annotations-human-bbox.csv), for the pointing game and box IoU."""
-    box_share: float = 0.2
-    """Share of a map's maximum from which on a pixel belongs to a box."""
+    """CSV file of boxes in the Open Images format (annotations-human-bbox.csv), for the pointing game and box IoU."""
     examples: int = 4
-    """Positive labels on the panel; 0 draws none."""
-    examples_by: str = "difference"
-    """'difference': those whose probability differs most between the runs, one of each class first; 'random'."""
+    """Number of positive labels in the panel: those whose probability differs most between the runs, one per class
+    first. 0 draws no panel."""
     batch_size: int = 32
-    """Images at once: memory for batch × classes maps."""
+    """Images per batch. Memory is needed for batch_size × classes maps."""
     out: str = "runs/explain"
-    """Folder for maps.parquet, summary.txt, summary.csv and the figures, local or s3://; files there are replaced."""
+    """Output folder for maps.parquet, summary.txt and plots, local or s3://. Files are overwritten."""
 
     def __post_init__(self) -> None:
         if len(self.runs) < 2:
-            raise SettingsError(f"runs names {len(self.runs)}: give two or more, as '{{full: runs/a, AN: runs/b}}'")
-        if self.reference is not None and self.reference not in self.runs:
-            raise SettingsError(f"reference is {self.reference!r}; runs names {', '.join(map(repr, self.runs))}")
-        for name, least in (("images", 1), ("examples", 0), ("batch_size", 1), ("seed", 0)):
+            raise SettingsError(f"runs has {len(self.runs)} entries; give two or more: '{{full: runs/a, AN: runs/b}}'")
+        for name, minimum in (("images", 1), ("examples", 0), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise SettingsError(f"{name} is {value}; it must be at least {least}")
-        if not 0 < self.box_share <= 1:
-            raise SettingsError(f"box_share is {self.box_share}; it must be above 0 and at most 1")
-        if self.examples_by not in ("difference", "random"):
-            raise SettingsError(f"examples_by is {self.examples_by!r}; it must be difference or random")
+            check_setting(value is None or value >= minimum, name, value, f"at least {minimum}")
 
 
-def explain(settings: ExplainSettings, say: Callable[[str], None] = print) -> Measured:
-    """Measure, write and draw everything below `settings.out`; print the summary. Raises PamlError."""
+def explain(settings: ExplainSettings, log: Callable[[str], None] = print) -> MapMetrics:
+    """Compute the metrics, write results and plots to `settings.out`, and log the summary. Raises PamlError."""
     world = current_world()
     runs = open_runs(settings.runs, world.device)
-    reference = list(settings.runs).index(settings.reference or runs[0].title)
-    split, size = _split(settings, runs, reference)
-    whole = len(split.samples)
-    split = drawn_images(split, settings.images, settings.seed)
-    say(
-        f"{len(split.samples):,} of {whole:,} images of {split.name}, "
-        + ("all of them" if len(split.samples) == whole else f"drawn with seed {settings.seed}")
-    )
-    boxes = None
+    data = runs[0].settings.data
+    data = dataclasses.replace(data, root=settings.root or data.root)
+    split = open_split(data, settings.split, f"labels/{settings.split}.arrow", images="observed")
+    sizes = {run.title: training_split_of(run, split, settings.root)[1] for run in runs}
+    _check_equal("image sizes", sizes, "px", "compare runs with the same data.image_size")
+    total, size = len(split.samples), sizes[runs[0].title]
+    split = sample_images(split, settings.images, settings.seed)
+    sampled = "all" if len(split.samples) == total else f"a random sample with seed {settings.seed}"
+    log(f"{len(split.samples):,} of {total:,} images of {split.name} ({sampled})")
+    boxes_of_labels = {}
     if settings.boxes is not None:
-        keys = [split.manifest.key(int(place)) for place in split.samples.index]
-        boxes = read_boxes(settings.boxes, keys, split.table.classes)
-        say(f"{sum(map(len, boxes.of.values())):,} of {boxes.rows:,} boxes lie in these images and classes")
-        if boxes.malformed:
-            say(f"warning: {boxes.malformed:,} boxes have edges that are not 0 ≤ min < max ≤ 1 and are left out")
+        keys = [split.manifest.key(int(index)) for index in split.samples.index]
+        boxes_of_labels, rows, malformed = read_boxes(settings.boxes, keys, split.table.classes)
+        log(f"{sum(map(len, boxes_of_labels.values())):,} of {rows:,} boxes are of these images and classes")
+        if malformed:
+            log(f"warning: skipped {malformed:,} boxes whose edges are not 0 ≤ min < max ≤ 1")
 
-    of_reference = runs[reference].settings
-    data = dataclasses.replace(of_reference.data, root=settings.root or of_reference.data.root)
-    loader = eval_loader(
-        dataclasses.replace(of_reference, data=data, eval_batch_size=settings.batch_size),
-        split,
-        size,
-        World(device=world.device),
-    )
-    bar = terminal_bar("maps", len(split.samples))
-    measured = measure(
-        runs, reference, loader, split, boxes=boxes, box_share=settings.box_share, size=size, watch=bar.update
-    )
+    loader = eval_loader(data, split, size, World(device=world.device), batch_size=settings.batch_size)
+    bar = terminal_progress("maps", len(split.samples))
+    metrics = compute_metrics(runs, loader, split, boxes_of_labels, size=size, on_batch=bar.update)
     bar.close()
     if loader.bad:
-        say(f"warning: {len(loader.bad)} images could not be used: {', '.join(bad.key for bad in loader.bad[:20])}")
-
-    rows = summary(measured)
-    text = summary_text(measured, rows)
-    say(text)
-    write_rows(measured, split, settings, storage.join(settings.out, "maps.parquet"))
+        log(f"warning: skipped {len(loader.bad)} bad images: {', '.join(bad.key for bad in loader.bad[:20])}")
+    text = summary_text(metrics)
+    log(text)
+    write_metrics(metrics, split, settings, storage.join(settings.out, "maps.parquet"))
     storage.write_bytes(storage.join(settings.out, "summary.txt"), (text + "\n").encode())
-    storage.write_bytes(storage.join(settings.out, "summary.csv"), summary_csv(rows))
-    written = ["maps.parquet", "summary.txt", "summary.csv", "likeness.png", "ends.png"]
-    draw_likeness(measured, storage.join(settings.out, "likeness.png"))
-    draw_ends(measured, storage.join(settings.out, "ends.png"))
-    titles = [run.title for run in runs]
-    if panel := _panel(settings, runs, measured, split, size):
-        draw_map_panel(titles, panel, storage.join(settings.out, "panel.png"))
-        written.append("panel.png")
-    if any(rejects(run.history) for run in runs):
-        draw_rejected(_histories(runs), storage.join(settings.out, "rejected.png"))
-        written.append("rejected.png")
-    say(f"\nin {settings.out}: {', '.join(written)}")
-    return measured
+    written = ["maps.parquet", "summary.txt", *_draw_all(settings, runs, metrics, split, size)]
+    log(f"\nwrote {', '.join(written)} to {settings.out}")
+    return metrics
 
 
-def drawn_images(split: Split, count: int | None, seed: int) -> Split:
-    """The split with `count` of its images, drawn by `seed`, in their old order; all where there are no more."""
+def _check_equal(what: str, values: Mapping[str, object], unit: str, fix: str) -> None:
+    """Raise SettingsError if the values of the runs, by title, differ."""
+    if len(set(values.values())) > 1:
+        listed = ", ".join(f"{title} {value} {unit}" for title, value in values.items())
+        raise SettingsError(f"the runs' {what} differ ({listed}): {fix}")
+
+
+def sample_images(split: Split, count: int | None, seed: int) -> Split:
+    """The split with a random sample of `count` of its images in manifest order, or all if there are no more."""
     if count is None or count >= len(split.samples):
         return split
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(split.samples))[:count])
-    samples = split.samples
-    kept = {name: getattr(samples, name)[chosen] for name in ("index", "row", "shard")}
-    return dataclasses.replace(split, samples=dataclasses.replace(samples, **kept))
+    return split.subset(np.sort(np.random.default_rng(seed).permutation(len(split.samples))[:count]))
 
 
-def measure(
+def compute_metrics(
     runs: Sequence[OpenRun],
-    reference: int,
     batches: Iterable[Batch],
     split: Split,
+    boxes_of_labels: Mapping[tuple[str, str], np.ndarray] | None = None,
     *,
-    boxes: Boxes | None = None,
-    box_share: float = 0.2,
     size: int = 0,
-    watch: Callable[[int], None] = lambda images: None,
-) -> Measured:
-    """The figures of every labelled (image, class) pair, by run, of raw and of boosted maps.
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> MapMetrics:
+    """Metrics of every observed (image, class) pair, by run, for raw and boosted maps; compared with the first run.
 
-    One batch's maps are held at a time, so that memory grows with the pairs alone. `size`: side of the pictures in
-    pixels, for boxes. Raises SettingsError where the maps of the runs differ in size: their ranks and ends could only
-    be compared after resampling, which changes both.
+    Only one batch's maps are in memory at a time. boxes_of_labels: as `Boxes.by_label`. size: side of the images in
+    pixels, for boxes. Raises SettingsError if the runs' maps differ in size, because resampling would change their
+    ranks and extremes.
     """
-    pairs: list[np.ndarray] = []
+    boxes_of_labels, classes = boxes_of_labels or {}, split.table.classes
+    alphas = [run.alpha for run in runs]
+    labels_by_chunk: list[np.ndarray] = []
     values: list[np.ndarray] = []
-    boxed: list[np.ndarray] = []
-    keys_of_boxes = {} if boxes is None else boxes.of
     for batch in batches:
-        labels = batch.labels
-        maps: dict[int, torch.Tensor] = {}
-        for run in runs:
-            if id(run.model) not in maps:
-                maps[id(run.model)] = run.maps(batch.images)
-        _refuse_other_sizes(runs, [maps[id(run.model)].shape[2:] for run in runs])
-        keys = batch.keys() if keys_of_boxes else []
-        for start in range(0, len(labels.cls), PAIRS_AT_ONCE):
-            part = slice(start, start + PAIRS_AT_ONCE)
-            image, cls, state = labels.image[part], labels.cls[part], labels.state[part]
-            own = [
-                keys_of_boxes.get((keys[i], split.table.classes[c])) if keys and s == POSITIVE else None
-                for i, c, s in zip(image.tolist(), cls.tolist(), state.tolist(), strict=True)
+        computed = {model: run.maps(batch.images) for model, run in {id(run.model): run for run in runs}.items()}
+        maps_of = {run.title: computed[id(run.model)] for run in runs}
+        sizes = {title: f"{maps.shape[2]} × {maps.shape[3]}" for title, maps in maps_of.items()}
+        fix = "compare runs with the same model.output_stride; resampling would change the maps' ranks and extremes"
+        _check_equal("map sizes", sizes, "cells", fix)
+        keys = batch.keys() if boxes_of_labels else []
+        columns = (batch.labels.image, batch.labels.cls, batch.labels.state)
+        for start in range(0, len(batch.labels.cls), LABELS_PER_CHUNK):
+            image, cls, state = (column[start : start + LABELS_PER_CHUNK] for column in columns)
+            boxes = [
+                boxes_of_labels.get((keys[i], classes[k])) if keys and s == POSITIVE else None
+                for i, k, s in zip(image.tolist(), cls.tolist(), state.tolist(), strict=True)
             ]
-            raw = np.stack([_picked(maps[id(run.model)], image, cls) for run in runs])
-            values.append(_figures(raw, [run.alpha for run in runs], reference, own, box_share, size))
-            pairs.append(np.stack([batch.index[image.numpy()], cls.numpy(), state.numpy().astype(np.int64)]))
-            boxed.append(np.array([found is not None for found in own], bool))
-        watch(len(batch))
-    if not pairs:
+            raw = torch.stack([maps[image.to(maps.device), cls.to(maps.device)] for maps in maps_of.values()])
+            values.append(_metrics_of_chunk(raw.cpu().double().numpy(), alphas, boxes, size))
+            labels_by_chunk.append(np.stack([batch.index[image.numpy()], cls.numpy(), state.numpy().astype(np.int64)]))
+        on_batch(len(batch))
+    if not labels_by_chunk:
         raise DataError(f"no image of {split.manifest.folder} has a label in {split.table.path}: nothing to compare")
-    index, cls, state = np.concatenate(pairs, axis=1)
-    return Measured(
+    index, cls, state = np.concatenate(labels_by_chunk, axis=1)
+    return MapMetrics(
         titles=tuple(run.title for run in runs),
         checkpoints=tuple(storage.join(run.folder, "checkpoints", run.checkpoint) for run in runs),
-        alphas=tuple(run.alpha for run in runs),
-        reference=reference,
+        alphas=tuple(alphas),
         index=index,
         cls=cls.astype(np.int32),
         state=state.astype(np.int8),
-        boxed=np.concatenate(boxed),
         values=np.concatenate(values, axis=3),
     )
 
 
-def _figures(
+def _metrics_of_chunk(
     raw: np.ndarray,
     alphas: Sequence[float],
-    reference: int,
     boxes: list[np.ndarray | None],
-    box_share: float,
     size: int,
 ) -> np.ndarray:
-    """float64 [R, 2, F, n] in the order of KINDS and FIGURES; NaN where a figure does not apply.
+    """float64 [R, 2, F, n] in the order of MAP_KINDS and METRICS; NaN for metrics that do not apply.
 
-    raw: float64 [R, n, H, W]. What the boost cannot change (see measures) is computed of raw maps alone.
+    raw: float64 [R, n, H, W]. Metrics that boost cannot change (see measures) are computed from raw maps only.
     """
-    found = np.full((len(raw), len(KINDS), len(Measured.FIGURES), raw.shape[1]), np.nan)
-    at = {name: place for place, name in enumerate(Measured.FIGURES)}
+    values = np.full((len(raw), len(MAP_KINDS), len(METRICS), raw.shape[1]), np.nan)
+    metric = {name: values[:, :, position] for position, name in enumerate(METRICS)}
     boosted = np.stack([np.where(maps > 0, alpha * maps, maps) for maps, alpha in zip(raw, alphas, strict=True)])
-    own = [place for place, box in enumerate(boxes) if box is not None]
-    known = [box for box in boxes if box is not None]
-    for run, out in enumerate(found):
-        if run == reference:
-            out[:, at["control"]] = measures.spearman(raw[run], measures.centred_gaussian(*raw.shape[2:])[None])
+    with_box = [i for i, box in enumerate(boxes) if box is not None]
+    known_boxes = [box for box in boxes if box is not None]
+    for run in range(len(raw)):
+        if run == 0:
+            metric["control"][run] = measures.spearman(raw[run], measures.centered_gaussian(*raw.shape[2:])[None])
         else:
-            out[:, at["spearman"]] = measures.spearman(raw[run], raw[reference])
-        if known:
-            out[:, at["pointing_hit"], own] = measures.points_into(raw[run][own], known)
-            out[:, at["box_iou"], own] = measures.best_box_iou(raw[run][own], known, share=box_share, size=size)
+            metric["spearman"][run] = measures.spearman(raw[run], raw[0])
+        if known_boxes:
+            maps = raw[run][with_box]
+            metric["pointing_hit"][run][:, with_box] = measures.pointing_hits(maps, known_boxes)
+            metric["box_iou"][run][:, with_box] = measures.best_box_iou(maps, known_boxes, size=size)
         for kind, maps in enumerate((raw, boosted)):
-            out[kind, at["logit"]] = maps[run].mean((1, 2))
-            out[kind, at["top"]], out[kind, at["bottom"]] = measures.end_means(maps[run])
-            if run != reference:
-                pair = (maps[run], maps[reference])
-                out[kind, at["mean_absolute_difference"]] = measures.mean_absolute_difference(*pair)
-                out[kind, at["concordance"]] = measures.concordance(*pair)
-    return found
+            metric["logit"][run, kind] = maps[run].mean((1, 2))
+            metric["top"][run, kind], metric["bottom"][run, kind] = measures.tail_means(maps[run])
+            if run:
+                difference = np.abs(maps[run] - maps[0])
+                metric["mean_absolute_difference"][run, kind] = difference.mean((1, 2))
+                metric["concordance"][run, kind] = measures.concordance(maps[run], maps[0])
+    return values
 
 
-def _picked(maps_BKHW: torch.Tensor, image: torch.Tensor, cls: torch.Tensor) -> np.ndarray:
-    """float64 [n, H, W]: the maps of these labels."""
-    device = maps_BKHW.device
-    return maps_BKHW[image.to(device), cls.to(device)].cpu().double().numpy()
+def draw_run_comparison(runs: Sequence[OpenRun], split: Split, path: str, *, examples: int = 3) -> None:
+    """Draw to `path` (PNG) learning curves of the runs and, below them, their maps of `examples` labels.
+
+    The labels are positives of a sample of the split that the last run scores well above the first.
+    """
+    sample, data = sample_images(split, _COMPARED_IMAGES, seed=0), runs[0].settings.data
+    batches = eval_loader(data, sample, split.image_size, World(), batch_size=ExplainSettings.batch_size)
+    metrics = compute_metrics(runs, batches, sample)
+    rows = _panel_rows(
+        runs, metrics, sample, split.image_size, examples, lambda scores_RN: scores_RN[-1] - scores_RN[0]
+    )
+    figure = new_figure(3.0 * (len(runs) + 1), 3.4 + 2.6 * examples)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3.4, 2.6 * examples))
+    draw_learning_curves(top, {run.title: (position, run.history) for position, run in enumerate(runs)})
+    draw_rows(bottom, [run.title for run in runs], rows)
+    save_figure(figure, path)
 
 
-def _refuse_other_sizes(runs: Sequence[OpenRun], sizes: Sequence[tuple[int, ...]]) -> None:
-    if len({tuple(size) for size in sizes}) > 1:
-        listed = ", ".join(f"{run.title} {h} × {w}" for run, (h, w) in zip(runs, sizes, strict=True))
-        raise SettingsError(
-            f"the runs' maps differ in size ({listed}): ranks and ends of a map depend on it, and resampling would "
-            "change both. Compare runs of one model.output_stride"
-        )
+def _draw_all(
+    settings: ExplainSettings, runs: Sequence[OpenRun], metrics: MapMetrics, split: Split, size: int
+) -> list[str]:
+    """Draw the plots; returns their file names."""
+    draw_similarity(metrics, storage.join(settings.out, "similarity.png"))
+    draw_extremes(metrics, storage.join(settings.out, "extremes.png"))
+    written = ["similarity.png", "extremes.png"]
+    if rows := _panel_rows(runs, metrics, split, size, settings.examples, lambda scores_RN: np.ptp(scores_RN, axis=0)):
+        draw_map_panel([run.title for run in runs], rows, storage.join(settings.out, "panel.png"))
+        written.append("panel.png")
+    positions = {run.folder: i for i, run in reversed(list(enumerate(runs)))}  # a run of several titles, once
+    histories = {runs[i].title: (i, runs[i].history) for i in sorted(positions.values())}
+    if draw_rejected(histories, storage.join(settings.out, "rejected.png")):
+        written.append("rejected.png")
+    return written
 
 
-def _split(settings: ExplainSettings, runs: Sequence[OpenRun], reference: int) -> tuple[Split, int]:
-    """The split to explain and the side of its pictures in pixels; refuses runs that cannot be compared on it."""
-    root = settings.root or runs[reference].settings.data.root
-    data = dataclasses.replace(runs[reference].settings.data, root=root)
-    split = open_split(data, settings.split, f"labels/{settings.split}.arrow", images="observed")
-    sizes: dict[str, int] = {}
-    for run in runs:
-        heads = run.model.head.out_channels
-        if heads != split.table.num_classes:
-            raise SettingsError(
-                f"the run {run.title!r} ({run.folder}) has {heads} classes, {split.table.path} has "
-                f"{split.table.num_classes}: compare runs of the same classes"
-            )
-        own = dataclasses.replace(run.settings.data, root=settings.root or run.settings.data.root)
-        train = open_split(own, own.train_split, own.train_labels, images=own.images)
-        same_classes(train.table, split.table)
-        sizes[run.title] = own.image_size or train.image_size
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{title} {side}" for title, side in sizes.items())
-        raise SettingsError(f"the runs see pictures of different sides in pixels ({listed}): compare runs of one size")
-    return split, next(iter(sizes.values()))
-
-
-def _panel(
-    settings: ExplainSettings, runs: Sequence[OpenRun], measured: Measured, split: Split, size: int
+def _panel_rows(
+    runs: Sequence[OpenRun],
+    metrics: MapMetrics,
+    split: Split,
+    size: int,
+    count: int,
+    priority: Callable[[np.ndarray], np.ndarray],
 ) -> list[PanelRow]:
-    positive = np.flatnonzero(measured.state == POSITIVE)
-    if settings.examples_by == "random":
-        worth = np.random.default_rng(settings.seed).random(len(positive))
-    else:
-        chances = 1 / (1 + np.exp(-measured.figure("logit")[:, KINDS.index("boosted")][:, positive]))
-        worth = np.ptp(chances, axis=0)
+    """The `count` positive labels of highest priority, a function of the runs' probabilities, float64 [R, n]."""
+    positive = np.flatnonzero(metrics.state == POSITIVE)
+    logits = metrics.metric("logit")[:, MAP_KINDS.index("boosted")][:, positive]
+    priorities = priority(1 / (1 + np.exp(-logits)))
     reader, rows = ShardReader(split.manifest), []
-    for place in positive[choose_labels(worth, measured.cls[positive], settings.examples)]:
+    for label in positive[choose_labels(priorities, metrics.cls[positive], count)]:
         pixels = np.empty((size, size, 3), np.uint8)
-        decode_into(reader.read(int(measured.index[place])), pixels)
-        cls = int(measured.cls[place])
-        rows.append(panel_row(runs, pixels, cls, split.table.names[cls]))
+        decode_into(reader.read(int(metrics.index[label])), pixels)
+        cls = int(metrics.cls[label])
+        maps = [boosted_map(run, pixels, cls) for run in runs]
+        rows.append(PanelRow(pixels, split.table.names[cls], maps))
     return rows
-
-
-def _histories(runs: Sequence[OpenRun]) -> dict[str, tuple[int, list]]:
-    """By title: place and history; a run that several titles name stands once."""
-    found: dict[str, tuple[int, list]] = {}
-    seen: set[str] = set()
-    for place, run in enumerate(runs):
-        if run.folder not in seen:
-            found[run.title] = (place, run.history)
-        seen.add(run.folder)
-    return found

@@ -1,7 +1,7 @@
-"""Boxes of objects, read from the CSV of Open Images (`annotations-human-bbox.csv`)."""
+"""Bounding boxes from the CSV files of Open Images (`annotations-human-bbox.csv`)."""
 
-import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -11,52 +11,53 @@ from pyarrow import csv
 from paml import storage
 from paml.errors import DataError
 
-EDGES = ("XMin", "XMax", "YMin", "YMax")
+EDGES = ["XMin", "XMax", "YMin", "YMax"]
+COLUMNS = ["ImageID", "LabelName", *EDGES]
 
 
-@dataclasses.dataclass(frozen=True)
-class Boxes:
-    """The boxes of some images."""
+class Boxes(NamedTuple):
+    """The boxes of some images and classes."""
 
-    of: dict[tuple[str, str], np.ndarray]
-    """(image key, MID) to float64 [b, 4]: x_min, x_max, y_min, y_max as shares of the picture's sides."""
+    by_label: dict[tuple[str, str], np.ndarray]
+    """(image key, MID) to float64 [b, 4]: x_min, x_max, y_min, y_max as fractions of the image's sides."""
     rows: int
     """Rows of the file."""
     malformed: int
-    """Rows left out since their edges are not 0 ≤ min < max ≤ 1."""
+    """Rows skipped because their edges are not 0 ≤ min < max ≤ 1."""
 
 
 def read_boxes(path: str, keys: Sequence[str], classes: Sequence[str]) -> Boxes:
-    """The boxes of these images and classes, read in one streamed pass; all other rows are passed over.
+    """Read the boxes of these images and classes (at least one of each) in one streaming pass.
 
-    path: CSV, local or s3://, of Open Images V2 to V7 (ImageID, Source, LabelName, Confidence, XMin, XMax, YMin,
-    YMax, more); the columns are found by name, and boxes of groups count as boxes. The edges hold for shards too,
-    since they resize pictures without cutting. Raises DataError where a column is missing or no number.
+    path: CSV file of Open Images V2 to V7, local or remote. Columns are identified by name; boxes of groups count.
+    Boxes are valid for shards too, because shards resize images without cropping. Raises DataError if a column is
+    missing, an edge is not a number, or no box is valid and of these images and classes.
     """
-    columns = ("ImageID", "LabelName", *EDGES)
-    types: dict[str, pa.DataType] = {"ImageID": pa.string(), "LabelName": pa.string()}
-    wanted = csv.ConvertOptions(column_types=types | dict.fromkeys(EDGES, pa.float64()), include_columns=list(columns))
-    images, mids = pa.array(keys, pa.string()), pa.array(classes, pa.string())
-    found: dict[tuple[str, str], list[list[float]]] = {}
-    rows = malformed = 0
+    types = dict.fromkeys(COLUMNS[:2], pa.string()) | dict.fromkeys(EDGES, pa.float64())
+    convert = csv.ConvertOptions(column_types=types, include_columns=COLUMNS)
+    images, mids = pc.field("ImageID").isin(list(keys)), pc.field("LabelName").isin(list(classes))
+    selected, rows, example = [], 0, "none"
     try:
-        with storage.open_input(path) as file, csv.open_csv(file, convert_options=wanted) as reader:
+        with storage.open_input(path) as file, csv.open_csv(file, convert_options=convert) as reader:
             for batch in reader:
+                if not rows and batch.num_rows:
+                    example = f"of image {batch['ImageID'][0]} and class {batch['LabelName'][0]}"
                 rows += batch.num_rows
-                kept = batch.filter(
-                    pc.and_(pc.is_in(batch["ImageID"], value_set=images), pc.is_in(batch["LabelName"], value_set=mids))  # pyright: ignore[reportAttributeAccessIssue]
-                )
-                edges = np.stack([kept[name].to_numpy(zero_copy_only=False) for name in EDGES], axis=1)
-                sound = np.asarray(
-                    (edges >= 0).all(1) & (edges <= 1).all(1) & (edges[:, [1, 3]] > edges[:, [0, 2]]).all(1)
-                )
-                malformed += int((~sound).sum())
-                names = zip(kept["ImageID"].to_pylist(), kept["LabelName"].to_pylist(), strict=True)
-                for pair, box, good in zip(names, edges.tolist(), sound.tolist(), strict=True):
-                    if good:
-                        found.setdefault(pair, []).append(box)
+                selected.append(pa.Table.from_batches([batch]).filter(images & mids))
+            frame = pa.concat_tables([reader.schema.empty_table(), *selected]).to_pandas()
     except FileNotFoundError as error:
-        raise DataError(f"{path} is not there: --boxes names a CSV of boxes ({','.join(columns)})") from error
+        raise DataError(
+            f"{path} does not exist: set boxes to a CSV file with the columns {','.join(COLUMNS)}"
+        ) from error
     except (pa.ArrowException, KeyError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no CSV of boxes with the columns {','.join(columns)}: {error}") from error
-    return Boxes({pair: np.array(boxes) for pair, boxes in found.items()}, rows, malformed)
+        raise DataError(f"{path} is not a CSV file of boxes with the columns {','.join(COLUMNS)}: {error}") from error
+    inside = frame[EDGES].ge(0).all(axis=1) & frame[EDGES].le(1).all(axis=1)
+    valid = frame[inside & (frame["XMin"] < frame["XMax"]) & (frame["YMin"] < frame["YMax"])]
+    by_label = {label: boxes[EDGES].to_numpy() for label, boxes in valid.groupby(COLUMNS[:2], sort=False)}
+    if not by_label:
+        raise DataError(
+            f"none of the {rows:,} boxes of {path} can be used ({len(frame) - len(valid):,} have invalid edges): the "
+            f"first box is {example}, the first image is {keys[0]} and the first class {classes[0]}: set boxes to a "
+            "file of the same images and classes, or to null"
+        )
+    return Boxes(by_label, rows, len(frame) - len(valid))

@@ -1,6 +1,6 @@
-"""LL-Cp's corrections: a sparse overlay on the label table, kept in memory and in checkpoints.
+"""The corrections of LL-Cp: a sparse overlay on the label table, kept in memory and in checkpoints.
 
-The table itself is never written. A correction turns an unobserved label into a positive for good.
+The table itself is never written. A correction turns an unobserved label into a positive permanently.
 """
 
 import numpy as np
@@ -10,10 +10,7 @@ from paml.labels.table import Triples
 
 
 class LabelOverlay:
-    """Corrected (image, class) pairs as one sorted int64 array of image·K + class.
-
-    An image is its place in the manifest.
-    """
+    """Corrected (image, class) pairs as one sorted int64 array of image·K + class; images by manifest index."""
 
     def __init__(self, num_classes: int, codes: np.ndarray | None = None) -> None:
         self.num_classes = num_classes
@@ -23,11 +20,11 @@ class LabelOverlay:
         return len(self.codes)
 
     def encode(self, images: np.ndarray, cls: np.ndarray) -> np.ndarray:
-        """int64[n] codes of (image, class) pairs."""
+        """int64[n]: codes of (image, class) pairs."""
         return images.astype(np.int64) * self.num_classes + cls
 
     def add(self, codes: np.ndarray) -> None:
-        """Take in more corrections; those already here change nothing."""
+        """Add corrections; repeats have no effect."""
         self.codes = np.union1d(self.codes, codes)
 
     def apply(self, triples: Triples, images: np.ndarray) -> Triples:
@@ -37,8 +34,8 @@ class LabelOverlay:
         first = np.searchsorted(self.codes, images * self.num_classes)
         count = np.searchsorted(self.codes, (images + 1) * self.num_classes) - first
         image = np.repeat(np.arange(len(images), dtype=np.int32), count)
-        place = np.arange(len(image)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
-        cls = (self.codes[place] - images[image] * self.num_classes).astype(np.int32)
+        index = np.arange(len(image)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
+        cls = (self.codes[index] - images[image] * self.num_classes).astype(np.int32)
         return Triples(
             image=np.concatenate([triples.image, image]),
             cls=np.concatenate([triples.cls, cls]),

@@ -4,6 +4,8 @@ POSITIVE = 1
 NEGATIVE = 0
 UNOBSERVED = -1
 
-
-class LabelError(ValueError):
-    """Labels that cannot be used: the message says what was found, what is allowed and how to mend it."""
+STATE_OF_TEXT = {
+    **dict.fromkeys(("1", "1.0", "true", "positive"), POSITIVE),
+    **dict.fromkeys(("0", "0.0", "false", "negative"), NEGATIVE),
+}
+"""How label files write a state, in lower case."""

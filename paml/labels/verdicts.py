@@ -1,20 +1,19 @@
-"""Verdicts on labels, as people give them on the page of an audit, merged into a label table as a new version of it.
+"""Merge verdicts on labels, exported from an audit page, into a new version of a label table.
 
-A verdict file has the columns and states of `annotations-human.csv`: Confidence 1 for yes, 0 for no; what was skipped
-has no row. The rules: a verdict wins over what the table says; a pair that the files answer both ways is answered by
-neither, and the table's own label stays.
+A verdict file has the columns and states of `annotations-human.csv`: Confidence 1 for yes, 0 for no; skipped labels
+have no row. A verdict replaces the table's label. If the files answer a pair both ways, the table's label stays.
 
-The apostrophe that exported fields have in front of what a spreadsheet would run (`paml.spreadsheet`) is taken off when
-verdicts are read.
+The leading apostrophe that exported fields have against spreadsheet formulas (`paml.spreadsheet`) is removed.
 """
 
 import csv
 import io
+import operator
 import os
-import tempfile
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,17 +21,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from paml import storage
-from paml.labels.build import HEADER
-from paml.labels.edit import keep, merge
-from paml.labels.states import NEGATIVE, POSITIVE, LabelError
-from paml.labels.table import LabelTable, as_strings, table_from_triples
-from paml.spreadsheet import restored
+from paml.errors import LabelError
+from paml.labels.class_list import read_text
+from paml.labels.edit import filter_labels, merge, refuse_overwriting
+from paml.labels.keys import as_strings
+from paml.labels.rejects import HEADER, REJECTS_SCHEMA, describe_source, format_counts, rejects_path_of
+from paml.labels.states import NEGATIVE, POSITIVE
+from paml.labels.table import LabelTable
+from paml.spreadsheet import unescape_formula
 
-KINDS = ("malformed_row", "unknown_class", "malformed_confidence", "unknown_image", "duplicate", "contradiction")
-_STATES = {"1": POSITIVE, "1.0": POSITIVE, "0": NEGATIVE, "0.0": NEGATIVE}
-_REJECTS = pa.schema(
-    [("kind", pa.string()), ("file", pa.string()), ("line", pa.int64()), *((name, pa.string()) for name in HEADER)]
+VERDICT_REJECT_KINDS = (
+    *("malformed_row", "unknown_class", "malformed_confidence"),
+    *("unknown_image", "duplicate", "contradiction"),
 )
+_STATES = {"1": POSITIVE, "1.0": POSITIVE, "0": NEGATIVE, "0.0": NEGATIVE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +44,17 @@ class VerdictReport:
     table: LabelTable
     """The new version, opened."""
     rejects_path: str
-    """The rejected rows (Parquet), with kind, file, line and what they said."""
+    """The rejected rows (Parquet), with kind, file, line and content."""
     rows: int
     """Rows of all files."""
     added: int
     """Verdicts on pairs that were unobserved."""
     overturned: int
-    """Verdicts against the table's label, which they replace."""
+    """Verdicts that replaced the table's label."""
     confirmed: int
-    """Verdicts that the table's label agrees with."""
+    """Verdicts equal to the table's label."""
     rejected: dict[str, int]
-    """Rejected rows by kind; all of KINDS are there."""
+    """Rejected rows by kind, for every one of VERDICT_REJECT_KINDS."""
 
     def __str__(self) -> str:
         lines = [
@@ -60,9 +62,20 @@ class VerdictReport:
             f"{self.overturned:,} overturned, {self.confirmed:,} confirmed; {self.table.num_annotations:,} labels"
         ]
         if any(self.rejected.values()):
-            kinds = ", ".join(f"{kind.replace('_', ' ')} {count:,}" for kind, count in self.rejected.items() if count)
-            lines.append(f"rejected: {kinds}; see {self.rejects_path}")
+            lines.append(f"rejected: {format_counts(self.rejected)}; see {self.rejects_path}")
         return "\n".join(lines)
+
+
+class _Verdict(NamedTuple):
+    """One row of a verdict file."""
+
+    file: str
+    line: int
+    fields: list[str]
+
+    def reject(self, kind: str) -> dict[str, Any]:
+        columns = dict(zip(HEADER, self.fields, strict=False))
+        return {"kind": kind, "file": os.path.basename(self.file), "line": self.line, **columns}
 
 
 def apply_verdicts(
@@ -70,154 +83,111 @@ def apply_verdicts(
 ) -> VerdictReport:
     """Write `table` with the verdicts of `files` to `out`; the table itself is not changed.
 
-    files: CSV with the header ImageID,Source,LabelName,Confidence, local or s3://. images: keys that may be named
-    beside the table's own, such as those of a manifest; an image that has a verdict then enters the table.
-    Rows that cannot be used are counted by kind and written to `<out stem>.rejects.parquet`: malformed rows, classes
-    and images that are not known, repeats, and pairs answered both ways. Metadata of `out`: the table's digest, the
-    files' names, sizes and SHA-256, the counts.
-    Raises LabelError for no file, one without a row, another header, or no usable row; FileNotFoundError.
+    files: CSV with the header ImageID,Source,LabelName,Confidence, local or s3://. images: keys that are valid in
+    addition to the table's own, such as those of a manifest; an image with a verdict is then added to the table.
+    Unusable rows are counted by kind and written to `<out stem>.rejects.parquet`: malformed rows, unknown classes and
+    images, duplicates, and pairs answered both ways. Metadata of `out`: the table's digest, the files' names, sizes
+    and SHA-256, the counts.
+    Raises LabelError for no file, a missing one, one without a row, another header, or no usable row.
     """
     if not files:
         raise LabelError("there are no verdict files: name at least one")
-    if os.path.abspath(out) == os.path.abspath(table.path):
-        raise LabelError(f"label table {out!r} would be written over itself: name another file")
-    classes = {mid: number for number, mid in enumerate(table.classes)}
-    rejects: list[tuple] = []
-    sound: list[tuple[str, int, int, tuple]] = []
-    for path in files:
-        for line, fields in _rows_of(path):
-            row = (os.path.basename(path), line, *(fields + [""] * 4)[:4])
-            if kind := _fault(fields, classes):
-                rejects.append((kind, *row))
-            else:
-                sound.append((fields[0], classes[fields[2]], _STATES[fields[3].strip()], row))
-    rows = len(rejects) + len(sound)
-
-    keys = sorted({key for key, *_ in sound})
-    row_of = dict(zip(keys, table.rows_of(keys).tolist(), strict=True))
-    known = {key for key, row in row_of.items() if row >= 0}
-    if images is not None:
-        listed = pc.call_function("is_in", [pa.array(keys, pa.string())], pc.SetLookupOptions(as_strings(images)))
-        known |= {key for key, here in zip(keys, listed.to_pylist(), strict=True) if here}
-    given, lost = _settled(sound, known)
-    rejects += lost
-    rejects_path = os.path.splitext(out)[0] + ".rejects.parquet"
-    _write_rejects(rejects, rejects_path)
-    if not given:
+    refuse_overwriting(table, out)
+    verdicts = [verdict for path in files for verdict in _read_verdicts(path)]
+    states, rejects = _one_per_pair(verdicts, table, images)
+    rejects_path = rejects_path_of(out)
+    with storage.replacing(rejects_path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rejects, REJECTS_SCHEMA), temporary, compression="zstd")
+    if not states:
         raise LabelError(
-            f"no usable verdict in {', '.join(map(repr, files))}: all {rows} rows are rejected; the reasons are in "
-            f"{rejects_path}. Name the files that the audit of this table's images exported"
+            f"no usable verdict in {', '.join(map(repr, files))}: all {len(verdicts)} rows are rejected; the reasons "
+            f"are in {rejects_path}. Use the files that the audit of this table's images exported"
         )
-
-    known_rows = sorted({row_of[key] for key, *_ in given} - {-1})
-    labels = table.lookup(known_rows)
-    before = {
-        (known_rows[image], cls): state
-        for image, cls, state in zip(labels.image.tolist(), labels.cls.tolist(), labels.state.tolist(), strict=True)
-    }
-    old = [before.get((row_of[key], cls)) for key, cls, _ in given]
-    agreed = sum(state == was for (*_, state), was in zip(given, old, strict=True))
-    added = old.count(None)
-    rejected = Counter(kind for kind, *_ in rejects)
-    counts = {"added": added, "overturned": len(given) - added - agreed, "confirmed": agreed}
-    about = {
+    keys, classes = zip(*states, strict=True)
+    rows = table.rows_of(keys)
+    pairs = rows * table.num_classes + np.array(classes)  # negative for an image that is not in the table
+    labels = table.lookup(np.unique(rows[rows >= 0]))
+    old_pairs = np.unique(rows[rows >= 0])[labels.image] * table.num_classes + labels.cls
+    old_states = dict(zip(old_pairs.tolist(), labels.state.tolist(), strict=True))
+    old = [old_states.get(pair) for pair in pairs.tolist()]
+    added, confirmed = old.count(None), sum(map(operator.eq, old, states.values()))
+    counts = {"added": added, "overturned": len(states) - added - confirmed, "confirmed": confirmed}
+    by_kind = Counter(reject["kind"] for reject in rejects)
+    rejected = {kind: by_kind[kind] for kind in VERDICT_REJECT_KINDS}
+    metadata = {
         "verdicts_on": table.digest,
         "verdicts": {
-            "files": [_about(path) for path in files],
-            "rule": "a verdict wins over the table's label; a pair answered both ways keeps it",
-            "rows": rows,
+            "files": [describe_source(path) for path in files],
+            "rule": "a verdict replaces the table's label; a pair answered both ways keeps it",
+            "rows": len(verdicts),
             **counts,
-            "rejected": {kind: rejected[kind] for kind in KINDS},
+            "rejected": rejected,
         },
     }
-    # The pairs that have a verdict leave the old labels, so that merging the two finds nothing to settle.
-    answered = np.array([row_of[key] * table.num_classes + cls for key, cls, _ in given if row_of[key] >= 0], np.int64)
-    place = {key: number for number, key in enumerate(sorted({key for key, *_ in given}))}
-    image, cls, state = (np.array(column) for column in zip(*((place[k], c, s) for k, c, s in given), strict=True))
-    with tempfile.TemporaryDirectory(prefix="paml-verdicts-") as folder:
-        left = keep(
-            table,
-            os.path.join(folder, "left.arrow"),
-            lambda labels: ~np.isin(labels.image.astype(np.int64) * table.num_classes + labels.cls, answered),
-        )
-        new = table_from_triples(
-            list(place), table.classes, table.names, image, cls, state, os.path.join(folder, "given.arrow")
-        )
-        report = merge([left, new], out, conflict="error", metadata=about)
-    return VerdictReport(
-        table=report.table,
-        rejects_path=rejects_path,
-        rows=rows,
-        rejected={kind: rejected[kind] for kind in KINDS},
-        **counts,
+    answered = LabelTable.from_arrays(keys, classes, [*states.values()], classes=table.classes, names=table.names)
+    unanswered = filter_labels(
+        table, None, lambda labels: ~np.isin(labels.image.astype(np.int64) * table.num_classes + labels.cls, pairs)
     )
+    new_table = merge([unanswered, answered], out, conflict="error", metadata=metadata)
+    return VerdictReport(table=new_table, rejects_path=rejects_path, rows=len(verdicts), rejected=rejected, **counts)
 
 
-def _settled(
-    sound: Sequence[tuple[str, int, int, tuple]], known: Container[str]
-) -> tuple[list[tuple[str, int, int]], list[tuple]]:
-    """(key, class, state) of every pair that was answered one way, and what is rejected: (kind, *row)."""
-    rejects: list[tuple] = []
-    said: dict[tuple[str, int], list[tuple[int, tuple]]] = {}
-    for key, cls, state, row in sound:
-        if key in known:
-            said.setdefault((key, cls), []).append((state, row))
+def _one_per_pair(
+    verdicts: Sequence[_Verdict], table: LabelTable, images: Sequence[str] | pa.Array | None
+) -> tuple[dict[tuple[str, int], int], list[dict[str, Any]]]:
+    """(the state of each pair of (key, class index) of a known image that was answered one way, rejects)."""
+    classes = {cls: number for number, cls in enumerate(table.classes)}
+    answers: dict[tuple[str, int], list[_Verdict]] = {}
+    rejects = []
+    for verdict in verdicts:
+        if kind := _reject_kind(verdict.fields, classes):
+            rejects.append(verdict.reject(kind))
         else:
-            rejects.append(("unknown_image", *row))
-    given: list[tuple[str, int, int]] = []
-    for (key, cls), answers in said.items():
-        one = len({state for state, _ in answers}) == 1
-        if one:
-            given.append((key, cls, answers[0][0]))
-        kind, lost = ("duplicate", answers[1:]) if one else ("contradiction", answers)
-        rejects += [(kind, *row) for _, row in lost]
-    return given, rejects
+            answers.setdefault((verdict.fields[0], classes[verdict.fields[2]]), []).append(verdict)
+    keys = pa.array([key for key, _ in answers], pa.string())
+    is_known = table.rows_of(keys) >= 0
+    if images is not None:
+        listed = pc.call_function("is_in", [keys], pc.SetLookupOptions(as_strings(images)))
+        is_known |= listed.to_numpy(zero_copy_only=False)
+    states = {}
+    for (pair, of_pair), known in zip(answers.items(), is_known.tolist(), strict=True):
+        pair_states = {_STATES[verdict.fields[3].strip()] for verdict in of_pair}
+        if not known:
+            rejects += [verdict.reject("unknown_image") for verdict in of_pair]
+        elif len(pair_states) == 2:
+            rejects += [verdict.reject("contradiction") for verdict in of_pair]
+        else:
+            states[pair] = pair_states.pop()
+            rejects += [verdict.reject("duplicate") for verdict in of_pair[1:]]
+    return states, rejects
 
 
-def _rows_of(path: str) -> Iterator[tuple[int, list[str]]]:
-    """(number of its line, fields) of each row. Raises LabelError for another header, or no row."""
+def _read_verdicts(path: str) -> Iterator[_Verdict]:
+    """The rows of a verdict file. Raises LabelError for another header, or no row."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    has_rows = False
     try:
-        text = storage.read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise LabelError(f"verdict file {path!r} is not UTF-8 text ({error}): export it again") from None
-    reader = csv.reader(io.StringIO(text, newline=""))
-    try:
-        found = next(reader, [])
-    except csv.Error as error:
-        raise LabelError(f"verdict file {path!r} cannot be read at line 1 ({error})") from None
-    if tuple(found) != HEADER:
-        raise LabelError(
-            f"verdict file {path!r} has the header {','.join(found)[:200]!r}, expected is {','.join(HEADER)!r}: "
-            "name a file that the page of an audit exported, or rewrite it with these four columns"
-        )
-    some = False
-    try:
+        header = next(reader, [])
+        if tuple(header) != HEADER:
+            raise LabelError(
+                f"verdict file {path!r} has the header {','.join(header)[:200]!r}, expected {','.join(HEADER)!r}: use "
+                "a file that an audit page exported, or rewrite it with these four columns"
+            )
         for fields in reader:
             if fields:
-                some = True
-                yield reader.line_num, [restored(field) for field in fields]
+                has_rows = True
+                yield _Verdict(path, reader.line_num, [unescape_formula(field) for field in fields])
     except csv.Error as error:
-        raise LabelError(f"verdict file {path!r} cannot be read at line {reader.line_num} ({error})") from None
-    if not some:
-        raise LabelError(f"verdict file {path!r} holds a header and no verdict: leave it out")
+        line = max(1, reader.line_num)
+        raise LabelError(f"verdict file {path!r} cannot be read at line {line} ({error}): export it again") from None
+    if not has_rows:
+        raise LabelError(f"verdict file {path!r} has a header but no verdict: leave it out")
 
 
-def _fault(fields: list[str], classes: dict[str, int]) -> str | None:
-    """The kind of what is wrong with a row, None for a sound one."""
+def _reject_kind(fields: list[str], classes: dict[str, int]) -> str | None:
+    """Why a row cannot be used, None for a valid one."""
     if len(fields) != len(HEADER) or not fields[0] or not fields[2]:
         return "malformed_row"
     if fields[2] not in classes:
         return "unknown_class"
     return None if fields[3].strip() in _STATES else "malformed_confidence"
-
-
-def _about(path: str) -> dict:
-    sha256, size = storage.sha256_of(path)
-    return {"file": os.path.basename(path), "sha256": sha256, "bytes": size}
-
-
-def _write_rejects(rejects: list[tuple], path: str) -> None:
-    columns = list(zip(*rejects, strict=True)) or [()] * len(_REJECTS)
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, _REJECTS, strict=True)]
-    with storage.replacing(path) as temporary:
-        pq.write_table(pa.table(arrays, schema=_REJECTS), temporary, compression="zstd")

@@ -1,60 +1,50 @@
-"""Curriculum labelling by a score threshold (Durand et al., CVPR 2019): sure unobserved labels are learnt as they lean.
+"""Curriculum labeling by a score threshold (Durand et al., CVPR 2019): confident unobserved labels are trained.
 
-    positive: -log p        negative: -log(1 - p)        unobserved: nothing, but from `first_epoch` on
+    positive: -log p        negative: -log(1 - p)        unobserved: nothing, but after the warm-up
     unobserved with logit x > threshold: -log p;  with x < -threshold: -log(1 - p)
 
-The sides are chosen anew in each step, by the logits of that step, and none for good; those taken as positives are
-reported as rejected. Mean over B x K.
+Labels are chosen in each step anew, by the logits of that step; those trained as positives are reported as rejected.
+Mean over B x K.
 
-Theirs alternates: a network is trained on the observed labels, scores all training images, the unobserved labels that
-it is sure of (here, as in one of their five strategies, by a threshold of the score) join the observed ones, and
-training starts again on these. Here labels join and leave within one run, and the first epoch alone is without them.
-Their cost besides weighs an image by its share of observed labels, and a graph network of the classes goes with it;
-neither is here. Threshold 2, p about 0.88 or 0.12.
+The authors alternate: they train a network on the observed labels, score all training images, add the unobserved labels
+that the network is confident of (one of their five strategies is a score threshold) and train again. Here labels are
+added and removed within one run. The authors also weigh an image by its fraction of observed labels and use a graph
+network over the classes; neither is implemented here. Threshold 2 is p of about 0.88 or 0.12.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from paml.errors import SettingsError
-from paml.labels.states import UNOBSERVED
-from paml.losses.base import AS_POSITIVE, LEFT_OUT, Epoch, Labels, Loss, Place
+from paml.errors import check_setting
+from paml.losses.base import AS_POSITIVE, LEFT_OUT, BatchContext, Labels, Loss, unobserved_above
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurriculumSettings:
-    """Curriculum labelling by a score threshold."""
+    """Curriculum labeling by a score threshold."""
 
     threshold: float = 2.0
-    """Logit beyond which, to either side, an unobserved label is trained as the side that it leans to."""
-    first_epoch: int = 2
-    """The first epoch, counted from 1, in which unobserved labels are trained."""
+    """Unobserved labels are trained as positives if their logit is above this, as negatives if it is below -this."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold < float("inf"):
-            raise SettingsError(f"loss.curriculum.threshold is {self.threshold}; it is a logit, 0 or more")
-        if self.first_epoch < 1:
-            raise SettingsError(f"loss.curriculum.first_epoch is {self.first_epoch}; epochs are counted from 1")
+        valid = 0 <= self.threshold < float("inf")
+        check_setting(valid, "loss.curriculum.threshold", self.threshold, "a logit, 0 or more")
 
 
-def surely_present(
-    logits_BK: Tensor, state_BK: Tensor, settings: CurriculumSettings, epoch: Epoch, place: Place
-) -> Tensor | None:
-    """bool [B, K]: the unobserved labels trained as positives; None before the first epoch that has any."""
-    if epoch.number < settings.first_epoch:
-        return None
-    return (state_BK == UNOBSERVED) & (logits_BK > settings.threshold)
+def confident_positives(logits_BK: Tensor, state_BK: Tensor, settings: Any, context: BatchContext) -> Tensor | None:
+    """bool [B, K]: the unobserved labels that are trained as positives; None during the warm-up."""
+    return unobserved_above(settings.curriculum.threshold, logits_BK, state_BK, settings, context.epoch)
 
 
-def cost(logits_BK: Tensor, labels: Labels, settings: CurriculumSettings, epoch: Epoch) -> Tensor:
-    """The cost of every label, [B, K]."""
+def cost(logits_BK: Tensor, labels: Labels, settings: Any, context: BatchContext) -> Tensor:
     left_out = labels.unobserved
     as_positive = labels.positive
     if labels.rejected_BK is not None:
-        left_out = left_out & ~labels.rejected_BK & (logits_BK >= -settings.threshold)
+        left_out = left_out & ~labels.rejected_BK & (logits_BK >= -settings.curriculum.threshold)
         as_positive = as_positive | labels.rejected_BK
     trained = torch.where(as_positive, softplus(-logits_BK), softplus(logits_BK))
     return torch.where(left_out, torch.zeros_like(trained), trained)
@@ -63,8 +53,7 @@ def cost(logits_BK: Tensor, labels: Labels, settings: CurriculumSettings, epoch:
 LOSS = Loss(
     unobserved=LEFT_OUT,
     rejected=AS_POSITIVE,
-    rejects=True,
-    select=surely_present,
+    select=confident_positives,
     per_label=cost,
-    settings="curriculum",
+    own_settings={"curriculum": CurriculumSettings},
 )

@@ -2,57 +2,49 @@
 
     positive: -(1 - p_m)^gamma log p_m,  p_m = sigmoid(x - margin)        negative, unobserved: (lambda - p) p^2
 
-The negatives' gradient falls again towards p = 1 (with lambda 1.5 it is 3 p^2 (1 - p)^2), where a false negative is
-likely. The focusing factor is differentiated. Theirs: margin 1, gamma 2, lambda 1.5 on all sets; Adam 1e-4.
+The gradient of negatives decreases again towards p = 1 (with lambda 1.5 it is 3 p^2 (1 - p)^2), where false negatives
+are likely. The focusing factor is differentiated. The authors use margin 1, gamma 2 and lambda 1.5 on all data sets,
+and Adam with learning rate 1e-4.
 
-Mean over images: the sum over all labels / B. The authors' is the sum itself: learning rates as said for ASL.
+Mean over images: the sum over all labels / B. The authors use the sum itself; see ASL for learning rates.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from paml.errors import SettingsError
-from paml.losses.base import Epoch, Labels, Loss
+from paml.errors import check_setting
+from paml.losses.base import BatchContext, Labels, Loss
+
+MARGIN, GAMMA = 1.0, 2.0
+"""The paper's margin of positives and focusing; SPLC uses them too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HillSettings:
     """Hill loss."""
 
-    margin: float = 1.0
-    """Taken off a positive's logit; the authors advise 0.5 to 1."""
-    gamma: float = 2.0
-    """Focusing of positives; 0 for none."""
     lambda_: float = 1.5
-    """Of a negative's cost (lambda - p) p^2, which is highest at p = 2 lambda / 3; at least 1."""
+    """Of the negatives' cost (lambda - p) p^2, which is highest at p = 2 lambda / 3."""
 
     def __post_init__(self) -> None:
-        check_margin_and_gamma("hill", self.margin, self.gamma)
-        if not 1 <= self.lambda_ < float("inf"):
-            raise SettingsError(f"loss.hill.lambda_ is {self.lambda_}; it must be at least 1, or costs fall below 0")
+        valid = 1 <= self.lambda_ < float("inf")
+        check_setting(valid, "loss.hill.lambda_", self.lambda_, "at least 1, since costs would be negative below")
 
 
-def check_margin_and_gamma(loss: str, margin: float, gamma: float) -> None:
-    """Raise SettingsError for a margin or a gamma below 0."""
-    for name, value in (("margin", margin), ("gamma", gamma)):
-        if not 0 <= value < float("inf"):
-            raise SettingsError(f"loss.{loss}.{name} is {value}; it must be 0 or more")
+def focal(logits_BK: Tensor) -> Tensor:
+    """-(1 - p)^gamma log p, all of it differentiated; for -x it is -p^gamma log(1 - p)."""
+    return torch.exp(-GAMMA * softplus(logits_BK)) * softplus(-logits_BK)
 
 
-def focal(logits_BK: Tensor, gamma: float) -> Tensor:
-    """-(1 - p)^gamma log p, the factor differentiated with the rest; of -x it is -p^gamma log(1 - p)."""
-    return torch.exp(-gamma * softplus(logits_BK)) * softplus(-logits_BK)
-
-
-def cost(logits_BK: Tensor, labels: Labels, settings: HillSettings, epoch: Epoch) -> Tensor:
-    """The cost of every label, [B, K]."""
+def cost(logits_BK: Tensor, labels: Labels, settings: Any, context: BatchContext) -> Tensor:
     p, q = torch.sigmoid(logits_BK), torch.sigmoid(-logits_BK)
-    # lambda - p as (lambda - 1) + q, so that little of a p near 1 is lost.
-    hill = (settings.lambda_ - 1 + q) * p * p
-    return torch.where(labels.positive, focal(logits_BK - settings.margin, settings.gamma), hill)
+    # lambda - p as (lambda - 1) + q, to keep precision for p near 1.
+    hill = (settings.hill.lambda_ - 1 + q) * p * p
+    return torch.where(labels.positive, focal(logits_BK - MARGIN), hill)
 
 
-LOSS = Loss(per_label=cost, divisor="images", settings="hill")
+LOSS = Loss(per_label=cost, divisor="images", own_settings={"hill": HillSettings})

@@ -1,4 +1,4 @@
-"""CAM networks: a backbone, a 1×1 convolution to one map a class, BoostLU, global average pooling."""
+"""CAM networks: a backbone, a 1x1 convolution to one map per class, BoostLU, global average pooling."""
 
 from paml.models.boost import BoostSettings, boost_lu
 from paml.models.cam import CamClassifier, ModelSettings, build_model

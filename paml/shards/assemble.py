@@ -1,8 +1,8 @@
-"""Pass 2 of the shard writer: the tar files of some consecutive shards, from what all pieces have for them.
+"""Pass 2 of the shard writer: the tar files of consecutive shards, from the records in all spills.
 
-A task reads one range of each piece, so it holds GROUP_BYTES of images, or one shard where that is larger.
-Of several images with one key the one of the largest source file is kept, and of equally large ones the one whose
-stored bytes come first in byte order: a rule that does not ask which part came first.
+A task reads one range of each spill and holds at most GROUP_BYTES of images, or one shard if that is larger. Of several
+images with the same key, the one of the largest source file is used; of equally large ones, the one whose stored bytes
+come first. This rule does not depend on the order of the parts.
 """
 
 import dataclasses
@@ -16,119 +16,118 @@ import numpy as np
 import pyarrow as pa
 
 from paml import storage
-from paml.reading import MISSHAPEN, inside, parse_object
+from paml.errors import StorageError
+from paml.parsing import PARSE_ERRORS, parse_json_object, safe_join
 from paml.shards.encode import member_key
-from paml.shards.manifest import ShardInfo, batch_bytes, make_batch
-from paml.shards.spill import DamagedPiece, Piece, Record, read_records, shard_of, writing
-from paml.shards.tasks import Context, Interrupted
-from paml.storage import StorageError
+from paml.shards.manifest import SCHEMA, ShardInfo
+from paml.shards.spill import DamagedSpillError, Record, Spill, read_records, shard_of
+from paml.tasks import TaskContext, TaskInterrupted
 
 GROUP_BYTES = 512 << 20
-_READS = 8
+_READ_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class AssembleJob:
-    """What all tasks of pass 2 share, for P pieces and G groups of shards."""
+    """What all tasks of pass 2 share, for P spills and G groups of shards."""
 
     out: str
     work: str
     num_shards: int
-    pieces: tuple[str, ...]
+    spills: tuple[str, ...]
     """P paths."""
     bounds: np.ndarray
-    """int64[P, G + 1]: byte of each piece at which the records of each group begin; the last one is the end."""
+    """int64[P, G + 1]: offset of the first record of each group in each spill; the last column is the end."""
     groups: np.ndarray
-    """int64[G + 1]: first shard of each group; the last one is the number of shards."""
+    """int64[G + 1]: first shard of each group; the last entry is the number of shards."""
     source: str
-    """Digest of all pieces: shards that were made of other ones are made anew."""
+    """Digest of all spills. Shards assembled from other spills are written again."""
 
     def memory(self, threads: int) -> int:
-        """Bytes that a task takes at most."""
+        """Peak memory of a task in bytes."""
         largest = int(np.diff(self.bounds, axis=1).sum(axis=0).max(initial=0))
         return largest + (256 << 20)
 
 
-def plan_groups(out: str, work: str, num_shards: int, pieces: Sequence[Piece], group_bytes: int) -> AssembleJob:
-    """Consecutive shards in groups of at most `group_bytes`, but at least one shard each."""
+def plan_groups(out: str, work: str, num_shards: int, spills: Sequence[Spill], group_bytes: int) -> AssembleJob:
+    """Group consecutive shards, at most `group_bytes` per group, but at least one shard."""
     shard_bytes = np.zeros(num_shards, np.int64)
-    for piece in pieces:
-        shard_bytes[piece.shards] += np.diff(piece.ends, prepend=piece.start)
-    groups, held = [0], 0
+    for spill in spills:
+        shard_bytes[spill.shards] += np.diff(spill.ends, prepend=spill.start)
+    groups, total = [0], 0
     for shard, size in enumerate(shard_bytes.tolist()):
-        if held and held + size > group_bytes:
+        if total and total + size > group_bytes:
             groups.append(shard)
-            held = 0
-        held += size
+            total = 0
+        total += size
     groups.append(num_shards)
-    firsts = np.array(groups, np.int64)
-    bounds = np.zeros((len(pieces), len(firsts)), np.int64)
-    for row, piece in enumerate(pieces):
-        bounds[row] = piece.offsets(firsts)
-    marks = "".join(sorted(f"{piece.path.rsplit('/', 1)[-1]} {piece.mark}\n" for piece in pieces))
+    first_shards = np.array(groups, np.int64)
+    bounds = np.zeros((len(spills), len(first_shards)), np.int64)
+    for row, spill in enumerate(spills):
+        bounds[row] = spill.offsets(first_shards)
+    identity = "".join(sorted(f"{spill.path.rsplit('/', 1)[-1]} {spill.header_crc32}\n" for spill in spills))
     return AssembleJob(
         out=out,
         work=work,
         num_shards=num_shards,
-        pieces=tuple(piece.path for piece in pieces),
+        spills=tuple(spill.path for spill in spills),
         bounds=bounds,
-        groups=firsts,
-        source=hashlib.sha256(marks.encode()).hexdigest(),
+        groups=first_shards,
+        source=hashlib.sha256(identity.encode()).hexdigest(),
     )
 
 
-def assemble_group(job: AssembleJob, group: int, context: Context) -> list[str]:
-    """Write the shards of one group that are not there yet. Returns the paths of pieces that turn out damaged;
-    where there are any, the group is left as it is."""
+def assemble_group(job: AssembleJob, group: int, context: TaskContext) -> list[str]:
+    """Write the missing shards of one group. Returns the paths of damaged spills; if there are any, writes nothing."""
     first, end = int(job.groups[group]), int(job.groups[group + 1])
-    todo = [shard for shard in range(first, end) if read_description(job, shard) is None]
-    if todo:
-        by_shard: dict[int, list[Record]] = {shard: [] for shard in todo}
+    missing = [shard for shard in range(first, end) if read_description(job, shard) is None]
+    if missing:
+        by_shard: dict[int, list[Record]] = {shard: [] for shard in missing}
         damaged = []
-        with ThreadPoolExecutor(_READS if storage.is_remote(job.work) else 1, "paml-read") as readers:
-            for outcome in readers.map(lambda row: _range(job, row, group), range(len(job.pieces))):
-                if isinstance(outcome, DamagedPiece):
-                    damaged.append(outcome.path)
+        with ThreadPoolExecutor(_READ_THREADS if storage.is_remote(job.work) else 1, "paml-read") as readers:
+            for result in readers.map(lambda row: _read_range(job, row, group), range(len(job.spills))):
+                if isinstance(result, DamagedSpillError):
+                    damaged.append(result.path)
                     continue
-                for record in outcome:
+                for record in result:
                     records = by_shard.get(shard_of(record.digest, job.num_shards))
                     if records is not None:
                         records.append(record)
         if damaged:
             return damaged
-        for done, shard in enumerate(todo):
-            if context.stopped():
-                raise Interrupted(f"shards {first} to {end}")
+        for done, shard in enumerate(missing):
+            if context.should_stop():
+                raise TaskInterrupted(f"shards {first} to {end}")
             _write_shard(job, shard, sorted_unique(by_shard.pop(shard)))
-            context.tick(end - first - len(todo) + done + 1)
-    context.tick(end - first)
+            context.report(end - first - len(missing) + done + 1)
+    context.report(end - first)
     return []
 
 
-def _range(job: AssembleJob, row: int, group: int) -> list[Record] | DamagedPiece:
-    path, start, end = job.pieces[row], int(job.bounds[row, group]), int(job.bounds[row, group + 1])
+def _read_range(job: AssembleJob, row: int, group: int) -> list[Record] | DamagedSpillError:
+    path, start, end = job.spills[row], int(job.bounds[row, group]), int(job.bounds[row, group + 1])
     try:
         return list(read_records(memoryview(storage.read_range(path, start, end - start)), path))
-    except DamagedPiece as damage:
-        return damage
+    except DamagedSpillError as error:
+        return error
     except FileNotFoundError:
-        return DamagedPiece(path, "it is gone")
+        return DamagedSpillError(path, "it does not exist")
     except StorageError:
         if storage.size_of(path) < end:
-            return DamagedPiece(path, "it is cut")
+            return DamagedSpillError(path, "it is truncated")
         raise
 
 
 def sorted_unique(records: Iterable[Record]) -> list[Record]:
-    """By digest, one a key: of the largest source file, then by the stored bytes."""
+    """The records by digest, one per key: that of the largest source file, then the first by its stored bytes."""
     ordered = sorted(records, key=lambda r: (r.digest, r.key, -r.source_bytes))
-    kept: list[Record] = []
+    unique: list[Record] = []
     for record in ordered:
-        if not kept or kept[-1].key != record.key:
-            kept.append(record)
-        elif kept[-1].source_bytes == record.source_bytes and bytes(record.image) < bytes(kept[-1].image):
-            kept[-1] = record
-    return kept
+        if not unique or unique[-1].key != record.key:
+            unique.append(record)
+        elif unique[-1].source_bytes == record.source_bytes and bytes(record.image) < bytes(unique[-1].image):
+            unique[-1] = record
+    return unique
 
 
 def _description_path(job: AssembleJob, shard: int) -> str:
@@ -136,22 +135,22 @@ def _description_path(job: AssembleJob, shard: int) -> str:
 
 
 def read_description(job: AssembleJob, shard: int) -> tuple[ShardInfo, pa.RecordBatch] | None:
-    """What a shard holds, where it is in place whole and made of the job's pieces."""
+    """The info and manifest rows of a shard, if it is complete and was assembled from the job's spills."""
     try:
         data = storage.read_bytes(_description_path(job, shard))
         batch = pa.ipc.open_file(pa.BufferReader(data)).get_batch(0)
         batch.validate(full=True)
-        fields = parse_object(batch.schema.metadata[b"info"])
+        fields = parse_json_object(batch.schema.metadata[b"info"])
         if fields.pop("source") != job.source:
             return None
         info = ShardInfo(**fields)
-        whole = info.count == 0 or storage.size_of(inside(job.out, info.name)) == info.bytes
-        return (info, batch.replace_schema_metadata(None)) if whole else None
+        complete = info.count == 0 or storage.size_of(safe_join(job.out, info.name)) == info.bytes
+        return (info, batch.replace_schema_metadata(None)) if complete else None
     except FileNotFoundError:
         return None
-    except storage.StorageError:
+    except StorageError:
         raise
-    except (*MISSHAPEN, OSError):  # not what this writer leaves: the shard is made anew
+    except (*PARSE_ERRORS, OSError):  # damaged: write the shard again
         return None
 
 
@@ -159,37 +158,37 @@ def _write_shard(job: AssembleJob, shard: int, records: list[Record]) -> None:
     name = f"shard-{shard:06d}.tar"
     info, offsets = ShardInfo(name, 0, 0, ""), []
     if records:
-        with storage.replacing(storage.join(job.out, name)) as temporary, writing(temporary):
+        with storage.replacing(storage.join(job.out, name)) as temporary:
             info, offsets = _write_tar_file(temporary, name, records)
-    batch = make_batch(
-        keys=[r.key for r in records],
-        shard=np.full(len(records), shard, np.int32),
-        offset=np.array(offsets, np.int64),
-        size=np.array([len(r.image) for r in records], np.int32),
-        crc32=np.array([r.crc32 for r in records], np.uint32),
-        width=np.array([r.width for r in records], np.int32),
-        height=np.array([r.height for r in records], np.int32),
-    )
-    metadata = {"info": json.dumps({**dataclasses.asdict(info), "source": job.source})}
-    storage.write_bytes(_description_path(job, shard), batch_bytes(batch.replace_schema_metadata(metadata)))
+    rows = [
+        (record.key, shard, offset, len(record.image), record.crc32, record.width, record.height)
+        for record, offset in zip(records, offsets, strict=True)
+    ]
+    batch = pa.RecordBatch.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], schema=SCHEMA)
+    batch = batch.replace_schema_metadata({"info": json.dumps({**dataclasses.asdict(info), "source": job.source})})
+    with (
+        storage.replacing(_description_path(job, shard)) as temporary,
+        pa.ipc.new_file(temporary, batch.schema) as writer,
+    ):
+        writer.write_batch(batch)
 
 
 def _write_tar_file(path: str, name: str, records: list[Record]) -> tuple[ShardInfo, list[int]]:
-    """Write a tar file as WebDataset's TarWriter does. Returns what it is and the offset of each image in it."""
-    sha256, at, offsets = hashlib.sha256(), 0, []
+    """Write a tar file with the same bytes as WebDataset's TarWriter. Returns its info and the offset of each image."""
+    sha256, position, offsets = hashlib.sha256(), 0, []
     with open(path, "wb", buffering=1 << 20) as file:
         for record in records:
             member = tarfile.TarInfo(f"{member_key(record.key)}.{record.extension}")
             member.size, member.mode = len(record.image), 0o444
             member.uname = member.gname = "paml"
-            # PAX takes names of any length and alphabet; plain names look as in USTAR.
-            head = member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-            offsets.append(at + len(head))
-            for data in (head, record.image, bytes(-len(record.image) % tarfile.BLOCKSIZE)):
+            # PAX supports names of any length and alphabet; for plain names it equals USTAR
+            header = member.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+            offsets.append(position + len(header))
+            for data in (header, record.image, bytes(-len(record.image) % tarfile.BLOCKSIZE)):
                 sha256.update(data)
                 file.write(data)
-                at += len(data)
-        end = bytes(2 * tarfile.BLOCKSIZE + -(at + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
+                position += len(data)
+        end = bytes(2 * tarfile.BLOCKSIZE + -(position + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
         sha256.update(end)
         file.write(end)
-    return ShardInfo(name, len(records), at + len(end), sha256.hexdigest()), offsets
+    return ShardInfo(name, len(records), position + len(end), sha256.hexdigest()), offsets

@@ -1,9 +1,8 @@
-"""Shards of a bucket on the local disk: one bounded folder for all processes of a node.
+"""A local cache of shards from a bucket: one bounded folder for all processes of a node.
 
-A shard is fetched once, however many processes and threads ask for it, checked by SHA-256, and then named after
-that digest. The kernel's file locks (flock) say who fetches a shard and which ones are being read, so what a
-killed process held is free at once. Where neither the bound nor the disk leaves room, the cache says so and its
-reader takes ranges straight from the bucket.
+A shard is fetched once for all processes and threads, verified by SHA-256, and named after that digest. File locks
+(flock) protect the fetch of a shard and the shards that are open, so a killed process releases its own at once. If the
+limit or the disk has no space for a shard, its images are read one by one from the bucket.
 """
 
 import contextlib
@@ -11,6 +10,7 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import shutil
@@ -18,111 +18,104 @@ import stat
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 from paml import storage
-from paml.errors import SettingsError
-from paml.reading import open_own, own_folder
-from paml.shards.manifest import Manifest
+from paml.errors import SettingsError, StorageError
+from paml.parsing import check_not_symlink, open_no_follow
+from paml.shards.manifest import Manifest, ShardInfo
+from paml.tasks import read_ahead
 
-PIECE_BYTES = 8 << 20
-"""Bytes of one request."""
-_PIECES_AHEAD = 3
-_SLOW_BYTES_PER_SECOND = 1e6
-_SLOW_SECONDS = 10.0
-_WAIT_SECONDS = 0.01
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REQUEST_BYTES = 8 << 20
+_REQUESTS_AHEAD = 3
+_WARN_SECONDS = 10.0
+_POLL_SECONDS = 0.01
+_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SPACE_LOCK = "space.lock"
 
 log = logging.getLogger(__name__)
-_warned_of: set[str] = set()
+_warned_folders: set[str] = set()
 
 
 class Cancelled(Exception):
-    """Nobody waits for this shard any more."""
+    """The fetch of a shard was cancelled."""
 
 
 @dataclasses.dataclass
 class Traffic:
-    """What one process took from the bucket and from the cache."""
+    """Reads of one process from the bucket and from the cache."""
 
     bytes_fetched: int = 0
     """Bytes read from the bucket."""
     hits: int = 0
-    """Shards opened that lay in the cache (or that another process was fetching)."""
+    """Shards that were in the cache, or that another process fetched."""
     misses: int = 0
     """Shards that this process fetched."""
     ranges: int = 0
-    """Images read straight from the bucket, since the cache had no room for their shard."""
+    """Images read directly from the bucket because the cache had no space for their shard."""
 
     def add(self, other: "Traffic") -> None:
-        """Count what another process took."""
+        """Add the counts of another process."""
         for field in dataclasses.fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
 class OpenShard:
-    """A tar file held open for reads by offset; threads may share it.
+    """An open tar file for reads by offset; threads may share it. It is closed with the last reference to it.
 
-    `pread` fills memory of its own: a file that is cut meanwhile ends a read early, where a mapped one would end
-    the process (SIGBUS). The file is closed with the last reference to it.
+    Uses `pread` instead of a memory map: a file that is truncated meanwhile shortens a read, where a map would end the
+    process (SIGBUS).
     """
 
     def __init__(self, path: str, *, cached: bool = False, verified: bool = True) -> None:
         """Raises FileNotFoundError or another OSError. A `cached` file is not evicted before it is closed."""
         self.path, self.verified = path, verified
-        self.handle = open_own(path, os.O_RDONLY) if cached else _open_file(path)
+        self.handle = open_no_follow(path, os.O_RDONLY) if cached else _open_regular_file(path)
         weakref.finalize(self, _close, self.handle, cached)
         if cached:
             fcntl.flock(self.handle, fcntl.LOCK_SH)
             os.utime(self.handle)
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`, fewer where the file ends before."""
+        """`size` bytes from `offset`; fewer if the file ends before."""
         data = os.pread(self.handle, size, offset)
         while len(data) < size and (more := os.pread(self.handle, size - len(data), offset + len(data))):
-            data += more  # Linux reads 2 GiB at most at a time; network file systems may give less
+            data += more  # Linux reads at most 2 GiB at a time; network file systems may return less
         return data
 
-    @property
-    def bytes(self) -> int:
-        """Size of the file now."""
-        return os.fstat(self.handle).st_size
 
-
-def _open_file(path: str) -> int:
-    """A descriptor of a regular file; a pipe or a device is refused, which may have no end."""
+def _open_regular_file(path: str) -> int:
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    if not stat.S_ISREG(os.fstat(handle).st_mode):  # a pipe or device may be infinite
         os.close(handle)
-        raise OSError(errno.EINVAL, "it is no regular file", path)
+        raise OSError(errno.EINVAL, "not a regular file", path)
     return handle
 
 
 def _close(handle: int, cached: bool) -> None:
     if cached:
         with contextlib.suppress(OSError):
-            os.utime(handle)  # the time of last use, by which the cache evicts
+            os.utime(handle)  # the time of last use, for eviction
     os.close(handle)
 
 
 class ShardCache:
-    """The folder `folder`, which all processes of a node may share; `limit_bytes` None takes 80 % of its disk's room.
+    """A cache in `folder`, which all processes of a node may share; `limit_bytes` None: 80 % of the free space.
 
-    Least recently used shards make room for others, but never one that a process has open. Raises StorageError
-    where the folder cannot be used at all. Threads may share a cache; it pickles as its settings.
+    Evicts the least recently used shards, but none that a process has open. Raises StorageError if the folder is
+    unusable. Threads may share a cache; it pickles as its settings.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, limit_bytes: int | None = None) -> None:
         if limit_bytes is not None and limit_bytes < 0:
-            raise SettingsError(f"the cache's bound is {limit_bytes} bytes; it must be at least 0")
+            raise SettingsError(f"the cache limit is {limit_bytes} bytes: set it to 0 or more")
         self.folder = os.path.abspath(os.fspath(folder) if folder is not None else storage.cache_folder())
         self.shards = os.path.join(self.folder, "shards")
         self.limit_bytes = limit_bytes
         self.traffic = Traffic()
-        self._count = threading.Lock()
-        self._ready = False
+        self._traffic_lock = threading.Lock()
+        self._prepared = False
 
     def __reduce__(self) -> tuple[type["ShardCache"], tuple[str, int | None]]:
         return ShardCache, (self.folder, self.limit_bytes)
@@ -133,302 +126,259 @@ class ShardCache:
         shard: int,
         cancelled: Callable[[], bool] = lambda: False,
         *,
-        again: bool = False,
+        recheck: bool = False,
         quiet: bool = False,
     ) -> OpenShard | None:
-        """The shard from the cache, fetched where it is not there; None where it finds no room (logged unless `quiet`).
+        """The shard, fetched if it is not in the cache; None if there is no space (logged unless `quiet`).
 
-        `again` looks whether the cached file is still the one that was fetched and, where it is not, fetches anew.
-        A shard whose SHA-256 stays wrong after a second fetch is given all the same, with `verified` False: its
-        images are told apart by their CRC-32. Raises StorageError naming the object, and Cancelled.
+        recheck: verify the cached file, and fetch it again if it was changed. A shard whose SHA-256 is still wrong
+        after a second fetch is returned with `verified` False; the CRC-32 of each image then identifies the good ones.
+        Raises StorageError with the object's URL, and Cancelled.
         """
         info, url = manifest.shards[shard], manifest.shard_path(shard)
         self._prepare()
-        found = None if again else self._look(info.sha256)
-        if found is not None:
-            self._add(hits=1)
-            return found
-        with self._lock(f"{info.sha256}.lock", cancelled, url):
-            found = self._look(info.sha256)
-            if found is not None and again and not self._whole(found, info.bytes, info.sha256):
-                log.warning("%s in the cache is damaged: %s is fetched again", found.path, url)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(found.path)
-                found = None
-            if found is not None:
-                self._add(hits=1)
-                return found
-            return self._fetch(url, info.sha256, info.bytes, cancelled, quiet)
+        cached = None if recheck else self._open_cached(info.sha256)
+        if cached is None:
+            with self._lock(f"{info.sha256}.lock", cancelled, url):
+                cached = self._open_cached(info.sha256)
+                if cached is not None and recheck and not _is_intact(cached, info):
+                    log.warning("%s in the cache is damaged: fetching %s again", cached.path, url)
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(cached.path)
+                    cached = None
+                if cached is None:
+                    return self._fetch(url, info, cancelled, quiet)
+        self._count(hits=1)
+        return cached
 
     def read_range(self, url: str, offset: int, size: int) -> bytes:
-        """Bytes straight from the bucket, fewer where the object ends before; counted. Raises StorageError."""
+        """Bytes directly from the bucket, fewer if the object ends before. Counts the traffic. Raises StorageError."""
         try:
             data = storage.read_range(url, offset, size)
         except OSError:
-            there = _size_of(url)
-            if there >= offset + size:
+            with shard_errors(url):
+                object_size = storage.size_of(url)
+            if object_size >= offset + size:
                 raise
-            data = storage.read_range(url, offset, there - offset) if there > offset else b""
-        self._add(ranges=1, bytes_fetched=len(data))
+            data = storage.read_range(url, offset, object_size - offset) if object_size > offset else b""
+        self._count(ranges=1, bytes_fetched=len(data))
         return data
 
-    def held_bytes(self) -> int:
-        """Bytes of all shards in the cache, those being fetched with their full size."""
+    def used_bytes(self) -> int:
+        """Size of all shards in the cache, including those being fetched."""
         return sum(size for _, _, size in self._entries())
 
-    def _add(self, **counts: int) -> None:
-        with self._count:
+    def take_traffic(self) -> Traffic:
+        """The traffic since the last call."""
+        with self._traffic_lock:
+            traffic, self.traffic = self.traffic, Traffic()
+        return traffic
+
+    def _count(self, **counts: int) -> None:
+        with self._traffic_lock:
             self.traffic.add(Traffic(**counts))
 
-    def take_traffic(self) -> Traffic:
-        """What was counted since the last call."""
-        with self._count:
-            taken, self.traffic = self.traffic, Traffic()
-        return taken
-
     def _prepare(self) -> None:
-        if self._ready:
+        if self._prepared:
             return
         try:
             os.makedirs(self.shards, exist_ok=True)
-            own_folder(self.shards)
-            with self._lock("room.lock"):
-                self._clear_abandoned()
+            check_not_symlink(self.shards)
+            with self._lock(_SPACE_LOCK):
                 if self.limit_bytes is None:
-                    self.limit_bytes = int(0.8 * (shutil.disk_usage(self.shards).free + self.held_bytes()))
-        except storage.StorageError:
+                    self.limit_bytes = int(0.8 * (shutil.disk_usage(self.shards).free + self.used_bytes()))
+        except StorageError:
             raise
-        except OSError as error:  # also of file systems without locks
-            raise storage.StorageError(
+        except OSError as error:  # also raised by file systems without locks
+            raise StorageError(
                 error.errno,
-                f"the cache folder {self.shards} cannot be used: {error.strerror}: set data.cache_dir to a folder of a "
-                "local disk that you may write to",
+                f"the cache folder {self.shards} is unusable: {error.strerror}: set data.cache_dir to a writable "
+                "folder on a local disk",
             ) from error
-        self._ready = True
+        self._prepared = True
 
     @contextlib.contextmanager
     def _lock(self, name: str, cancelled: Callable[[], bool] = lambda: False, url: str | None = None) -> Iterator[None]:
-        """Hold a lock file, against threads of this process too. Its holder's death frees it."""
-        os.makedirs(self.shards, exist_ok=True)  # somebody may have cleared the whole cache
-        handle = open_own(os.path.join(self.shards, name), os.O_RDWR | os.O_CREAT)
-        begun, told = time.monotonic(), _SLOW_SECONDS
+        """Hold a lock file, also against threads of this process. The kernel releases it when the process dies."""
+        os.makedirs(self.shards, exist_ok=True)  # somebody may have deleted the whole cache
+        handle = open_no_follow(os.path.join(self.shards, name), os.O_RDWR | os.O_CREAT)
+        start, warn_after = time.monotonic(), _WARN_SECONDS
         try:
-            while not _try_lock(handle, fcntl.LOCK_EX):
+            while not _try_lock(handle):
                 if cancelled():
                     raise Cancelled
-                time.sleep(_WAIT_SECONDS)
-                waited = time.monotonic() - begun
-                if waited > told:
-                    told *= 4
-                    holder = os.pread(handle, 32, 0).decode("ascii", "replace") or "unknown"
-                    log.warning("waiting for %.0f s for process %s to fetch %s", waited, holder, url or self.shards)
-            with contextlib.suppress(OSError):  # a full disk has no room for the number either
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, str(os.getpid()).encode(), 0)
+                time.sleep(_POLL_SECONDS)
+                waited = time.monotonic() - start
+                if waited > warn_after:
+                    warn_after *= 4
+                    log.warning("waited %.0f s for another process or thread to fetch %s", waited, url or self.shards)
             yield
         finally:
             os.close(handle)
 
-    def _look(self, sha256: str) -> OpenShard | None:
-        """The shard opened, where the cache has it: whole, or the remains of one that is damaged in the bucket."""
+    def _open_cached(self, sha256: str) -> OpenShard | None:
+        """The shard if it is in the cache, intact or as a copy of one that is damaged in the bucket."""
         for name, verified in ((f"{sha256}.tar", True), (f"{sha256}.damaged.tar", False)):
-            path = os.path.join(self.shards, name)
             with contextlib.suppress(FileNotFoundError):
-                found = OpenShard(path, cached=True, verified=verified)
-                if os.fstat(found.handle).st_nlink:  # else it was evicted before it was locked
-                    return found
+                cached = OpenShard(os.path.join(self.shards, name), cached=True, verified=verified)
+                if os.fstat(cached.handle).st_nlink:  # 0 if it was evicted before it was locked
+                    return cached
         return None
 
-    def _whole(self, found: OpenShard, size: int, sha256: str) -> bool:
-        """Whether a cached file still is what was fetched; what is damaged in the bucket counts as such."""
+    def _fetch(self, url: str, info: ShardInfo, cancelled: Callable[[], bool], quiet: bool) -> OpenShard | None:
+        """Fetch a shard. The caller holds its lock."""
+        part = os.path.join(self.shards, f"{info.sha256}.part")
         try:
-            return not found.verified or (found.bytes == size and storage.sha256_of(found.path)[0] == sha256)
-        except OSError:  # the disk gives it no more
-            return False
-
-    def _fetch(self, url: str, sha256: str, size: int, cancelled: Callable[[], bool], quiet: bool) -> OpenShard | None:
-        """Called by the holder of the shard's lock."""
-        part = os.path.join(self.shards, f"{sha256}.part")
-        begun, digest, fetched = time.monotonic(), "", 0
-        try:
-            for attempt in range(2):
-                why = self._reserve(part, size)
-                if why:
-                    self._say_no_room(url, why, quiet)
-                    return None
-                digest, fetched = self._download(url, part, size, cancelled)
-                if digest == sha256:
-                    break
-                if attempt == 0:
-                    log.warning("%s: SHA-256 differs from the manifest's on arrival: it is fetched again", url)
+            verified = self._download(url, part, info, cancelled)
+            if not verified:
+                log.warning("%s: its SHA-256 differs from the manifest's: fetching it again", url)
+                verified = self._download(url, part, info, cancelled)
         except BaseException as error:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(part)
-            if isinstance(error, OSError) and error.errno in _FULL:
-                self._say_no_room(url, os.strerror(error.errno), quiet)
+            if isinstance(error, OSError) and error.errno in _DISK_FULL_ERRNOS:
+                if not quiet:
+                    self._warn_no_space(url, str(error.strerror))
                 return None
             raise
-        seconds = time.monotonic() - begun
-        if seconds > _SLOW_SECONDS and fetched < seconds * _SLOW_BYTES_PER_SECOND:
-            log.warning("slow object: %s took %.0f s for %.1f MB", url, seconds, fetched / 1e6)
-        if digest != sha256:
+        if not verified:
             log.warning(
-                "%s is damaged in the bucket (twice fetched, SHA-256 differs): its images are used one by one where "
-                "their CRC-32 agrees; write or copy it again",
+                "%s is damaged in the bucket (its SHA-256 differs in two fetches): images with a valid CRC-32 are "
+                "used; write or copy the shard again",
                 url,
             )
-        found = OpenShard(part, cached=True, verified=digest == sha256)  # held before others can see and evict it
-        found.path = os.path.join(self.shards, f"{sha256}.tar" if found.verified else f"{sha256}.damaged.tar")
-        os.replace(part, found.path)
-        self._add(misses=1)
-        return found
+        shard = OpenShard(part, cached=True, verified=verified)  # locked before it becomes visible
+        shard.path = os.path.join(self.shards, f"{info.sha256}.tar" if verified else f"{info.sha256}.damaged.tar")
+        os.replace(part, shard.path)
+        self._count(misses=1)
+        return shard
 
-    def _download(self, url: str, part: str, size: int, cancelled: Callable[[], bool]) -> tuple[str, int]:
-        """(SHA-256, bytes) of what was written to `part`: at most `size` bytes of the object."""
-        there = min(size, _size_of(url))
-        starts = deque(range(0, there, PIECE_BYTES))
-        digest, written = hashlib.sha256(), 0
-        waiting: deque[Future[bytes]] = deque()
-        with ThreadPoolExecutor(_PIECES_AHEAD) as pool, open(open_own(part, os.O_RDWR), "r+b") as file:
-            try:
-                while starts or waiting:
-                    while starts and len(waiting) < _PIECES_AHEAD:
-                        start = starts.popleft()
-                        waiting.append(pool.submit(storage.read_range, url, start, min(PIECE_BYTES, there - start)))
-                    data = waiting.popleft().result()
-                    if cancelled():
-                        raise Cancelled
-                    file.write(data)
-                    digest.update(data)
-                    written += len(data)
-            finally:
-                for future in waiting:
-                    future.cancel()
-                self._add(bytes_fetched=written)
-            file.truncate(written)
-        return digest.hexdigest(), written
+    def _download(self, url: str, part: str, info: ShardInfo, cancelled: Callable[[], bool]) -> bool:
+        """Write the object, at most as large as the shard, to `part`. Returns whether its SHA-256 is right."""
+        self._reserve(part, info.bytes)
+        with shard_errors(url):
+            size = min(info.bytes, storage.size_of(url))
+        digest = hashlib.sha256()
+        with ThreadPoolExecutor(_REQUESTS_AHEAD) as pool, open(open_no_follow(part, os.O_RDWR), "r+b") as file:
+            requests = (
+                pool.submit(storage.read_range, url, start, min(REQUEST_BYTES, size - start))
+                for start in range(0, size, REQUEST_BYTES)
+            )
+            for request in read_ahead(requests, _REQUESTS_AHEAD - 1):
+                data = request.result()
+                self._count(bytes_fetched=len(data))
+                if cancelled():
+                    raise Cancelled
+                file.write(data)
+                digest.update(data)
+            file.truncate()
+        return digest.hexdigest() == info.sha256
 
-    def _reserve(self, part: str, size: int) -> str:
-        """Make a file of `size` bytes that really lies on the disk, evicting what it takes; '' or why it cannot be."""
-        with self._lock("room.lock"):
+    def _reserve(self, part: str, size: int) -> None:
+        """Allocate a file of `size` bytes on the disk, evicting as needed. Raises OSError (ENOSPC) without space."""
+        with self._lock(_SPACE_LOCK):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(part)
-            self._clear_abandoned()
             limit = self.limit_bytes
             assert limit is not None, "_prepare sets it"
-            entries = sorted(self._entries(), key=lambda entry: entry[1])
-            held, why = sum(entry[2] for entry in entries), ""
-            while True:
-                if held + size <= limit:
-                    why = _allocate(part, size)
-                    if not why:
-                        return ""
-                freed = self._evict_one(entries)
-                if freed is None:
-                    break
-                held -= freed
+            used, reason = self.used_bytes(), ""
+            for freed in itertools.chain([0], self._evict()):
+                used -= freed
+                if used + size <= limit:
+                    try:
+                        return _allocate(part, size)
+                    except OSError as error:
+                        if error.errno not in _DISK_FULL_ERRNOS:
+                            raise
+                        reason = os.strerror(error.errno)
         if size > limit:
-            why = why or f"the shard alone has {size / 1e9:.3f} GB"
-        return why or f"all {held / 1e9:.3f} GB in it are being read or fetched"
+            reason = reason or f"the shard alone has {size / 1e9:.3f} GB"
+        raise OSError(errno.ENOSPC, reason or f"all {used / 1e9:.3f} GB in it are being read or fetched")
 
-    def _say_no_room(self, url: str, why: str, quiet: bool) -> None:
-        if quiet or self.shards in _warned_of:
+    def _warn_no_space(self, url: str, reason: str) -> None:
+        if self.shards in _warned_folders:
             return
-        _warned_of.add(self.shards)
+        _warned_folders.add(self.shards)
         log.warning(
-            "the cache %s (bound %.3f GB) has no room for %s: %s. Images are read one by one from the bucket, which is "
-            "slower: raise data.cache_gb, free some disk, or put data.cache_dir on a larger one",
+            "the cache %s (limit %.3f GB) has no space for %s: %s. Images are read one by one from the bucket, which "
+            "is slower: increase data.cache_gb, free disk space, or set data.cache_dir to a larger disk",
             self.shards,
             (self.limit_bytes or 0) / 1e9,
             url,
-            why,
+            reason,
         )
 
     def _entries(self) -> list[tuple[str, int, int]]:
-        """(path, time of last use in ns, bytes) of all shards, also of those being fetched."""
-        found = []
+        """(path, time of last use in ns, bytes) of all shards, including those being fetched."""
+        entries = []
         with os.scandir(self.shards) as listing:
             for entry in listing:
                 if entry.name.endswith((".tar", ".part")):
                     with contextlib.suppress(FileNotFoundError):
-                        about = entry.stat(follow_symlinks=False)
-                        found.append((entry.path, about.st_mtime_ns, about.st_size))
-        return found
+                        status = entry.stat(follow_symlinks=False)
+                        entries.append((entry.path, status.st_mtime_ns, status.st_size))
+        return entries
 
-    def _evict_one(self, entries: list[tuple[str, int, int]]) -> int | None:
-        """Bytes freed by removing the least recently used shard that nobody has open; None where there is none."""
-        for entry in list(entries):
-            path, _, size = entry
-            if not path.endswith(".tar"):
-                continue
-            try:
-                handle = open_own(path, os.O_RDONLY)
-            except FileNotFoundError:
-                entries.remove(entry)
-                return size
-            except storage.StorageError:  # no shard of this cache: its reader says so
-                continue
-            try:
-                if _try_lock(handle, fcntl.LOCK_EX):
-                    os.unlink(path)
-                    entries.remove(entry)
-                    return size
-            finally:
-                os.close(handle)
-        return None
+    def _evict(self) -> Iterator[int]:
+        """Delete what no process has open: partial files of dead processes, then the least recently used shards. Yields
+        the bytes of each.
 
-    def _clear_abandoned(self) -> None:
-        """Remove the half files of processes that are no more."""
-        for path, _, _ in self._entries():
-            if not path.endswith(".part"):
-                continue
-            try:
-                handle = open_own(f"{path.removesuffix('.part')}.lock", os.O_RDWR | os.O_CREAT)
-            except OSError:
-                continue
-            try:
-                if _try_lock(handle, fcntl.LOCK_EX):
-                    with contextlib.suppress(FileNotFoundError):
+        A partial file is locked by the process that fetches it, until that process dies.
+        """
+        for path, _, size in sorted(self._entries(), key=lambda entry: (not entry[0].endswith(".part"), entry[1])):
+            partial = path.endswith(".part")
+            lock = f"{path.removesuffix('.part')}.lock" if partial else path
+            # StorageError: not a file of this cache; its reader reports it
+            with contextlib.suppress(FileNotFoundError, StorageError):
+                handle = open_no_follow(lock, os.O_RDWR | os.O_CREAT if partial else os.O_RDONLY)
+                try:
+                    is_unused = _try_lock(handle)
+                    if is_unused:
                         os.unlink(path)
-            finally:
-                os.close(handle)
+                finally:
+                    os.close(handle)
+                if is_unused:
+                    yield size
 
 
-def _size_of(url: str) -> int:
+def _is_intact(cached: OpenShard, info: ShardInfo) -> bool:
+    """Whether a cached file is still as it was fetched. A copy of a damaged shard counts as intact."""
     try:
-        return storage.size_of(url)
+        return not cached.verified or storage.sha256_of(cached.path) == (info.sha256, info.bytes)
+    except OSError:  # the disk can no longer read it
+        return False
+
+
+@contextlib.contextmanager
+def shard_errors(shard: str) -> Iterator[None]:
+    """Convert the errors of a shard that does not exist or cannot be opened to StorageError."""
+    try:
+        with storage.storage_errors("open the shard", shard):
+            yield
     except FileNotFoundError as error:
-        raise gone(url) from error
+        message = f"the shard {shard} of the manifest does not exist: restore it, or write the shards again"
+        raise StorageError(errno.ENOENT, message) from error
 
 
-def gone(shard: str) -> storage.StorageError:
-    """What to say of a shard that is not there, on a disk or in a bucket."""
-    return storage.StorageError(
-        errno.ENOENT, f"the shard {shard} of the manifest is gone: put it back, or write the shards again"
-    )
-
-
-def _try_lock(handle: int, kind: int) -> bool:
+def _try_lock(handle: int) -> bool:
+    """Take an exclusive lock if nobody holds the file."""
     try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
 
 
-def _allocate(path: str, size: int) -> str:
-    """Make a file of `size` bytes on the disk; the reason where it has no room for it, else ''."""
-    handle = open_own(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+def _allocate(path: str, size: int) -> None:
+    """Create a file of `size` bytes. Raises OSError if the disk has no space for it."""
+    handle = open_no_follow(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         if size and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle, 0, size)
         else:
             os.ftruncate(handle, size)
-    except OSError as error:
+    except OSError:
         os.unlink(path)
-        if error.errno in _FULL:
-            return os.strerror(error.errno)
         raise
     finally:
         os.close(handle)
-    return ""

@@ -1,147 +1,112 @@
-"""One image of any kind in, the bytes that a shard stores out: decoded, turned upright, RGB, resized, JPEG.
+"""Prepare an image for a shard: decode, rotate upright, convert to RGB, resize, encode as JPEG.
 
-Pixels are decoded and encoded by libjpeg-turbo (simplejpeg) where it is at hand, else by Pillow; resized by
-Pillow's antialiased bilinear filter, the one of the papers' recipe (`Resize` of torchvision on PIL images).
-All of the work lets go of the interpreter lock, so threads are enough.
+libjpeg-turbo (simplejpeg) decodes JPEG and encodes; Pillow decodes other formats and CMYK. Pillow's antialiased
+bilinear filter resizes, as in the papers (torchvision's `Resize` of PIL images). All of them release the interpreter
+lock.
 """
 
+import contextlib
 import io
-import re
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import simplejpeg
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from paml.reading import PICTURE_FORMATS, scan_fault
+from paml.errors import DataError
+from paml.parsing import IMAGE_FORMATS, jpeg_scan_error
+from paml.shards.settings import ShardSettings
+from paml.tasks import format_error
 
-try:
-    import simplejpeg
-except ImportError:  # the bytes then differ slightly; design.md promises them for one lock file
-    simplejpeg = None
-
-Resize = Literal["squash", "shorter_side", "original"]
-Chroma = Literal["4:2:0", "4:4:4"]
-
-_ORIENTATION = 274
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+EXIF_ORIENTATION = 0x0112
 _EXTENSION = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 EXTENSIONS = ("jpg", "png", "webp")
 
 
-class BadImage(ValueError):
-    """An image that cannot be used; the message is the reason."""
+class UndecodableError(DataError):
+    """An unusable image; the message is the reason."""
 
 
-class Prepared(NamedTuple):
+@contextlib.contextmanager
+def image_errors(data: bytes | memoryview) -> Iterator[None]:
+    """Convert the errors of decoders to UndecodableError."""
+    try:
+        yield
+    except (UndecodableError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise UndecodableError(f"not an image in a known format (starts with {bytes(data[:8])!r})") from None
+    except Exception as error:  # decoders raise many types, even SyntaxError and struct.error
+        raise UndecodableError(format_error(error)) from error
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raise UndecodableError for an image with more than `max_pixels` pixels."""
+    if width * height > max_pixels:
+        raise UndecodableError(f"{width}x{height} pixels: at most {max_pixels:,} are allowed")
+
+
+class PreparedImage(NamedTuple):
     data: bytes
     """The encoded image."""
     width: int
     height: int
-    """Pixels, as a viewer shows the image (after EXIF orientation)."""
+    """In pixels, after EXIF orientation."""
     extension: str
     """One of EXTENSIONS."""
 
 
-def prepare_image(
-    data: bytes,
-    *,
-    size: int,
-    resize: Resize,
-    quality: int,
-    max_pixels: int,
-    chroma: Chroma = "4:2:0",
-    strict: bool = True,
-) -> Prepared:
-    """Encode an image for a shard.
-
-    `squash` makes both sides `size`. `shorter_side` brings the shorter side down to `size` and keeps the
-    aspect; it never enlarges. `original` keeps the bytes as they are, once they have been found to decode.
-    With `strict` an image that the decoder can only patch up (a damaged JPEG) is refused.
-
-    Raises BadImage with the reason.
-    """
+def prepare_image(data: bytes, settings: ShardSettings) -> PreparedImage:
+    """Encode an image for a shard. Raises UndecodableError with the reason."""
     if not data:
-        raise BadImage("zero bytes")
-    try:
-        if fault := scan_fault(data):
-            raise BadImage(fault)
-        image = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+        raise UndecodableError("empty file")
+    with image_errors(data):
+        if problem := jpeg_scan_error(data):
+            raise UndecodableError(problem)
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         width, height = image.size
-        if width * height > max_pixels:
-            raise BadImage(f"{width}x{height} pixels: more than max_pixels = {max_pixels:,}")
-        orientation = image.getexif().get(_ORIENTATION, 1)
-        pixels = _decode(image, data, strict)
-    except BadImage:
-        raise
-    except UnidentifiedImageError:
-        raise BadImage(f"not an image that Pillow knows (begins with {data[:8]!r})") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise many kinds, down to SyntaxError and struct.error
-        raise BadImage(_one_line(error)) from error
-    if orientation in _TRANSPOSE:
-        pixels = pixels.transpose(_TRANSPOSE[orientation])
+        check_pixels(width, height, settings.max_pixels)
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+            pixels = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", strict=settings.strict))
+        else:
+            pixels = to_rgb(image)
+        if orientation in range(2, 9):
+            pixels = Image.fromarray(np.asarray(pixels))  # without other EXIF tags, which may be invalid
+            pixels.getexif()[EXIF_ORIENTATION] = orientation
+            pixels = ImageOps.exif_transpose(pixels)
     width, height = pixels.size
-    if resize == "original":
+    if settings.resize == "original":
         extension = _EXTENSION.get(image.format or "")
         if extension is None:
-            raise BadImage(f"{image.format} cannot be kept as it is: jpg, png and webp can")
-        return Prepared(data, width, height, extension)
-    if resize == "squash":
-        target = (size, size)
-    else:
-        short = min(width, height)
-        scale = min(1.0, size / short)
+            raise UndecodableError(f"{image.format} cannot be stored as original: only jpg, png and webp can")
+        return PreparedImage(data, width, height, extension)
+    target = (settings.size, settings.size)
+    if settings.resize == "shorter_side":
+        scale = min(1.0, settings.size / min(width, height))
         target = (max(1, round(width * scale)), max(1, round(height * scale)))
     if target != (width, height):
         pixels = pixels.resize(target, Image.Resampling.BILINEAR)
-    return Prepared(_encode(pixels, quality, chroma), *target, "jpg")
+    array, chroma = np.ascontiguousarray(np.asarray(pixels)), settings.chroma.replace(":", "")
+    encoded = simplejpeg.encode_jpeg(array, settings.quality, "RGB", chroma, fastdct=False)
+    return PreparedImage(encoded, *target, "jpg")
 
 
-def _decode(image: Image.Image, data: bytes, strict: bool) -> Image.Image:
-    if simplejpeg is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-        return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", strict=strict))
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode with Pillow and convert to RGB."""
     image.load()
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
-        # Pillow's own conversion cuts 16-bit greys off at 255
-        grey = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((np.clip(grey, 0, 65535) >> 8).astype(np.uint8))
+        # Pillow's conversion clips 16-bit grays at 255
+        gray = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((np.clip(gray, 0, 65535) >> 8).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _encode(pixels: Image.Image, quality: int, chroma: Chroma) -> bytes:
-    if simplejpeg is not None:
-        array = np.ascontiguousarray(np.asarray(pixels))
-        return simplejpeg.encode_jpeg(array, quality, "RGB", chroma.replace(":", ""), fastdct=False)
-    out = io.BytesIO()
-    pixels.save(out, "JPEG", quality=quality, subsampling=chroma)
-    return out.getvalue()
-
-
 def image_size(data: bytes | memoryview) -> tuple[int, int]:
-    """(width, height) as a viewer shows the image, from its header. Raises BadImage."""
-    try:
-        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
-            turned = image.getexif().get(_ORIENTATION, 1) >= 5
-            return (image.height, image.width) if turned else image.size
-    except MemoryError:
-        raise
-    except UnidentifiedImageError:
-        raise BadImage(f"not an image that Pillow knows (begins with {bytes(data[:8])!r})") from None
-    except Exception as error:
-        raise BadImage(_one_line(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    """(width, height) from the image's header, after EXIF orientation. Raises UndecodableError."""
+    with image_errors(data), Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+        rotated = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+        return (image.height, image.width) if rotated else image.size

@@ -1,33 +1,35 @@
-"""The manifest of a folder of shards: where each image lies, and the checksums to tell that it is whole.
+"""The manifest of a folder of shards: the location and the checksum of each image.
 
-An Arrow IPC file of one record batch, memory-mapped, shared by all processes of a machine. Rows stand by
-shard, and within a shard as in the tar. A seal over the file's own bytes is checked when it is opened, since a
-wrong key there would give an image the labels of another.
+An Arrow IPC file with one record batch, memory-mapped and shared by all processes of a machine. Rows are ordered by
+shard, and within a shard as in the tar file. A checksum of the whole file is verified when it is opened, because a
+wrong key would give an image the labels of another.
 """
 
 import dataclasses
 import hashlib
-import io
+import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from paml import storage
-from paml.errors import DataError
-from paml.reading import MISSHAPEN, inside, parse_json, parse_object
-from paml.seal import UNSEALED, BrokenSeal, check_seal, file_mark, seal_file
-from paml.spreadsheet import ReportWriter
+from paml.checksum import ChecksumError, read_with_checksum, write_with_checksum
+from paml.errors import DataError, SettingsError
+from paml.parsing import parse_json, parse_json_object, safe_join
+from paml.spreadsheet import write_report
 
 MANIFEST_NAME = "manifest.arrow"
+REJECTS_NAME = "rejects.csv"
 SCHEMA_VERSION = 1
-_ROWS_AT_A_TIME = 1 << 20
+_ROWS_PER_CHECK = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_FIELDS = {"schema_version", "digest", "settings", "report", "shards"}
+_FIELDS = {"schema_version", "digest", "settings", "report", "shards", "seal"}
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -46,9 +48,9 @@ class ShardInfo:
     """One tar file."""
 
     name: str
-    """Relative to the manifest's folder; a whole path or URL for shards that were indexed where they lie."""
+    """Path relative to the manifest's folder; an absolute path or URL for indexed shards in another folder."""
     count: int
-    """Images in it."""
+    """Number of images."""
     bytes: int
     """Size of the tar file."""
     sha256: str
@@ -56,46 +58,46 @@ class ShardInfo:
 
 
 class Manifest:
-    """What a folder of shards holds. Make one by `Manifest.open`; pickles as its folder.
+    """The images of a folder of shards. Open one with `Manifest.open`; pickles as its folder.
 
-    `shard` int32[N], `offset` int64[N] (of the image's first byte within the tar), `size` int32[N] (bytes),
+    `shard` int32[N], `offset` int64[N] (of the image's first byte in the tar), `size` int32[N] (bytes),
     `crc32` uint32[N] (of the image's bytes), `width` and `height` int32[N] are views of the mapped file.
     """
 
-    def __init__(self, folder: str, batch: pa.RecordBatch, *, seal: str = "", mark: tuple[int, ...] = ()) -> None:
+    def __init__(self, folder: str, batch: pa.RecordBatch) -> None:
         metadata = {key.decode(): value.decode() for key, value in (batch.schema.metadata or {}).items()}
         self.folder = folder
         self._batch = batch
-        self._seal, self._mark = seal, mark
-        self.shards: tuple[ShardInfo, ...] = tuple(_shard_info(s) for s in parse_json(metadata["shards"]))
+        self._checksum = metadata["seal"]
+        self._signature: tuple[int, ...] = ()
+        self.shards: tuple[ShardInfo, ...] = tuple(_parse_shard(s) for s in parse_json(metadata["shards"]))
         self.num_samples: int = batch.num_rows
         self.digest: str = metadata["digest"]
-        self.settings: dict[str, Any] = parse_object(metadata["settings"])
-        """The settings that the shards were written with; empty for shards of other people."""
-        self.report: dict[str, Any] = parse_object(metadata["report"])
+        self.settings: dict[str, Any] = parse_json_object(metadata["settings"])
+        """The settings that wrote the shards; empty for indexed shards."""
+        self.report: dict[str, Any] = parse_json_object(metadata["report"])
         """Counts of the run that wrote the shards or the index."""
-        self.shard = self._view("shard")
-        self.offset = self._view("offset")
-        self.size = self._view("size")
-        self.crc32 = self._view("crc32")
-        self.width = self._view("width")
-        self.height = self._view("height")
+        self.shard = self._column("shard")
+        self.offset = self._column("offset")
+        self.size = self._column("size")
+        self.crc32 = self._column("crc32")
+        self.width = self._column("width")
+        self.height = self._column("height")
 
-    def _view(self, name: str) -> np.ndarray:
+    def _column(self, name: str) -> np.ndarray:
         return self._batch.column(name).to_numpy(zero_copy_only=True)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "Manifest":
         """Open the manifest of a folder, local or remote.
 
-        Raises DataError where there is none, or it is cut, changed, contradicts itself, or has another schema
-        version. A remote one that arrives damaged is fetched a second time. Manifests of before the seal are read
-        without one.
+        Raises DataError if it is missing, damaged, inconsistent, or of another schema version. A damaged copy of a
+        remote manifest is fetched a second time.
         """
         return _open(os.fspath(folder), "", ())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open, (self.folder, self._seal, self._mark)
+        return _open, (self.folder, self._checksum, self._signature)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -113,141 +115,105 @@ class Manifest:
         return name if storage.is_remote(name) or os.path.isabs(name) else storage.join(self.folder, name)
 
     def rows_of_shard(self, shard: int) -> slice:
-        """The rows of one shard: they stand together."""
-        return slice(
-            int(np.searchsorted(self.shard, shard, side="left")),
-            int(np.searchsorted(self.shard, shard, side="right")),
+        """The rows of one shard, which are consecutive."""
+        return slice(*np.searchsorted(self.shard, (shard, shard + 1)).tolist())
+
+    @property
+    def image_size(self) -> int:
+        """Side of the stored images in pixels. Raises SettingsError if they are not squares of one size."""
+        if len(self) and (self.width == self.width[0]).all() and (self.height == self.width[0]).all():
+            return int(self.width[0])
+        raise SettingsError(
+            f"the images of {self.folder} differ in size: set data.image_size to the training size in pixels"
         )
 
 
-def _shard_info(fields: dict[str, Any]) -> ShardInfo:
-    """Raises TypeError or ValueError for what no manifest says of a shard."""
+def _parse_shard(fields: dict[str, Any]) -> ShardInfo:
+    """Raises TypeError or ValueError for an invalid description of a shard."""
     info = ShardInfo(**fields)
     if [type(value) for value in dataclasses.astuple(info)] != [str, int, int, str]:
-        raise TypeError(f"a shard is described by {fields!r}")
+        raise TypeError(f"invalid shard {fields!r}")
     if info.count < 0 or not 0 <= info.bytes < 1 << 62 or not _SHA256.fullmatch(info.sha256):
-        raise ValueError(f"a shard is described by {fields!r}")
+        raise ValueError(f"invalid shard {fields!r}")
     if not (storage.is_remote(info.name) or os.path.isabs(info.name)):
-        inside("", info.name)
+        safe_join("", info.name)
     return info
 
 
-def _open(folder: str, seal: str, mark: tuple[int, ...]) -> Manifest:
-    """The manifest of `folder`; that of `seal`, where one is given. A file of the same `mark` is not checked again."""
+def _open(folder: str, checksum: str, signature: tuple[int, ...]) -> Manifest:
+    """Open a manifest, with the given checksum if any. A file with the given signature is not verified again."""
     path = storage.join(folder, MANIFEST_NAME)
     if not storage.exists(path):
         raise DataError(
-            f"{folder} holds no {MANIFEST_NAME}: write shards with write_shards "
-            "(a run that was cut off goes on where it stood), or index WebDataset's own with index_shards"
+            f"{folder} has no {MANIFEST_NAME}: run `paml prepare` (an interrupted run continues), or index WebDataset "
+            "shards with index_shards"
         )
-    try:
-        manifest = _read(folder, path, storage.local_copy(path), mark)
-    except DataError:
-        if not storage.is_remote(path):
-            raise
-        manifest = _read(folder, path, storage.local_copy(path, again=True), ())
-    if seal and manifest._seal != seal:
+    hint = "copy it again, write the shards again, or index them again with index_shards"
+
+    def parse(batch: pa.RecordBatch, check: bool) -> Manifest:
+        if not batch.schema.equals(SCHEMA):
+            raise ChecksumError(f"its columns are {', '.join(batch.schema.names)}")
+        if check:  # a checksum detects changed bytes, not a wrong writer
+            batch.validate(full=True)
+            if any(column.null_count for column in batch.columns):
+                raise ChecksumError("it has nulls")
+        manifest = Manifest(folder, batch)
+        if check and (problem := find_inconsistency(manifest)):
+            raise DataError(f"{path} is inconsistent: {problem}: {hint}")
+        return manifest
+
+    def damaged(error: Exception) -> DataError:
+        return DataError(f"{path} is damaged or truncated ({error}): {hint}")
+
+    manifest, current = read_with_checksum(path, signature, partial(_check_kind, path), parse, damaged)
+    manifest._signature = current
+    if checksum and manifest._checksum != checksum:
         raise DataError(f"{path} has changed since it was opened: start the run again")
     return manifest
 
 
-def _read(folder: str, path: str, local: str, mark: tuple[int, ...]) -> Manifest:
-    mend = "copy it again, write the shards again, or index them anew with index_shards"
-    try:
-        with pa.memory_map(local) as source:
-            data = source.read_buffer()
-        found = file_mark(local)
-        seal = check_seal(memoryview(data)) if found != mark else _seal_of(data)
-        reader = pa.ipc.open_file(data)
-        schema = reader.schema
-        version = (schema.metadata or {}).get(b"schema_version", b"none").decode("utf-8", "replace")
-        if version != str(SCHEMA_VERSION):
-            raise DataError(
-                f"{path} has schema version {version}, this paml reads {SCHEMA_VERSION}: "
-                "write the shards again or use the paml that wrote them"
-            )
-        fields = {key.decode("utf-8", "replace") for key in schema.metadata}
-        if fields != (_FIELDS if seal is None else _FIELDS | {"seal"}):
-            raise BrokenSeal(f"its metadata have the fields {', '.join(sorted(fields))}")
-        if reader.num_record_batches > 1:
-            raise BrokenSeal(f"it has {reader.num_record_batches} record batches, not one")
-        batch = reader.get_batch(0) if reader.num_record_batches else pa.RecordBatch.from_pylist([], schema=schema)
-        if not batch.schema.equals(SCHEMA):
-            raise BrokenSeal(f"its columns are {', '.join(batch.schema.names)}")
-        if found != mark:  # a seal tells that bytes have changed, not who wrote them
-            batch.validate(full=True)
-            if any(column.null_count for column in batch.columns):
-                raise BrokenSeal("it has nulls")
-        manifest = Manifest(folder, batch, seal="" if seal is None else seal.decode(), mark=found)
-    except (BrokenSeal, OSError, *MISSHAPEN) as error:
-        if isinstance(error, storage.StorageError | DataError):
-            raise
-        raise DataError(f"{path} is damaged or cut ({error}): {mend}") from error
-    fault = contradiction(manifest) if found != mark else None
-    if fault is not None:
-        raise DataError(f"{path} contradicts itself: {fault}: {mend}")
-    return manifest
+def _check_kind(path: str, metadata: Mapping[bytes, bytes]) -> None:
+    version = metadata.get(b"schema_version", b"none").decode("utf-8", "replace")
+    if version != str(SCHEMA_VERSION):
+        raise DataError(
+            f"{path} has schema version {version}, this version of paml reads {SCHEMA_VERSION}: write the shards "
+            "again, or use the version of paml that wrote them"
+        )
+    fields = {key.decode("utf-8", "replace") for key in metadata}
+    if fields != _FIELDS:
+        raise ChecksumError(f"its metadata fields are {', '.join(sorted(fields))}")
 
 
-def contradiction(manifest: Manifest) -> str | None:
-    """What in a manifest cannot be: counts, places and digest that do not agree; None for a sound one."""
+def find_inconsistency(manifest: Manifest) -> str | None:
+    """A disagreement between the counts, offsets and digest of a manifest; None if they agree."""
     shards = manifest.shards
     if shards_digest(shards) != manifest.digest:
-        return "the list of shards is not that of its digest"
-    room = np.array([info.bytes for info in shards], np.int64)
-    found = np.zeros(len(shards), np.int64)
+        return "the list of shards does not match its digest"
+    shard_bytes = np.array([info.bytes for info in shards], np.int64)
+    counts = np.zeros(len(shards), np.int64)
     last_shard, last_end = 0, 0
-    for start in range(0, len(manifest), _ROWS_AT_A_TIME):
-        rows = slice(start, start + _ROWS_AT_A_TIME)
+    for start in range(0, len(manifest), _ROWS_PER_CHECK):
+        rows = slice(start, start + _ROWS_PER_CHECK)
         shard, offset = manifest.shard[rows], manifest.offset[rows]
         ends = offset + manifest.size[rows]
         if shard.min() < 0 or shard.max() >= len(shards):
-            return f"a row lies in shard {shard.max()}, and there are {len(shards)}"
+            return f"a row refers to shard {shard.max()} of {len(shards)}"
         step = np.diff(shard, prepend=last_shard)
         if (step < 0).any():
-            return f"row {start + int(np.flatnonzero(step < 0)[0])} stands after those of a later shard"
-        outside = (offset < 0) | (ends < offset) | (ends > room[shard])
+            return f"row {start + int(np.flatnonzero(step < 0)[0])} follows the rows of a later shard"
+        outside = (offset < 0) | (ends < offset) | (ends > shard_bytes[shard])
         overlap = (step == 0) & (offset < np.concatenate([[last_end], ends[:-1]]))
         if (outside | overlap).any():
             row = int(np.flatnonzero(outside | overlap)[0])
-            what = "lies outside of" if outside[row] else "overlaps the one before it in"
-            place = f"image {manifest.key(start + row)!r} (bytes {offset[row]} to {ends[row]})"
-            return f"{place} {what} {shards[shard[row]].name}"
-        found += np.bincount(shard, minlength=len(shards))
+            relation = "is outside of" if outside[row] else "overlaps the previous image in"
+            image = f"image {manifest.key(start + row)!r} (bytes {offset[row]} to {ends[row]})"
+            return f"{image} {relation} {shards[shard[row]].name}"
+        counts += np.bincount(shard, minlength=len(shards))
         last_shard, last_end = int(shard[-1]), int(ends[-1])
-    for info, count in zip(shards, found, strict=True):
+    for info, count in zip(shards, counts, strict=True):
         if info.count != count:
-            return f"{info.name} should hold {info.count:,} images, and {count:,} rows name it"
+            return f"{info.name} should have {info.count:,} images, but {count:,} rows refer to it"
     return None
-
-
-def _seal_of(data: pa.Buffer) -> bytes | None:
-    """The seal that the metadata hold, unchecked."""
-    return (pa.ipc.open_file(data).schema.metadata or {}).get(b"seal")
-
-
-def batch_bytes(batch: pa.RecordBatch) -> bytes:
-    """A record batch as the bytes of an Arrow IPC file."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return sink.getvalue().to_pybytes()
-
-
-def make_batch(
-    *,
-    keys: Sequence[str] | pa.Array,
-    shard: np.ndarray,
-    offset: np.ndarray,
-    size: np.ndarray,
-    crc32: np.ndarray,
-    width: np.ndarray,
-    height: np.ndarray,
-) -> pa.RecordBatch:
-    columns = [pa.array(keys, pa.string())]
-    for field, values in zip(list(SCHEMA)[1:], (shard, offset, size, crc32, width, height), strict=True):
-        columns.append(pa.array(np.asarray(values), type=field.type))
-    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
 def shards_digest(shards: Sequence[ShardInfo]) -> str:
@@ -264,7 +230,7 @@ def write_manifest(
     settings: dict[str, Any],
     report: dict[str, Any],
 ) -> Manifest:
-    """Write `manifest.arrow` atomically, sealed, and open it."""
+    """Write `manifest.arrow` atomically, with its checksum, and open it."""
     metadata = {
         "schema_version": str(SCHEMA_VERSION),
         "digest": shards_digest(shards),
@@ -272,19 +238,14 @@ def write_manifest(
         "report": json.dumps(report, sort_keys=True),
         "shards": json.dumps([dataclasses.asdict(s) for s in shards]),
     }
-    coded: dict[str | bytes, str | bytes] = {**UNSEALED, **metadata}
-    sealed = batch.replace_schema_metadata(coded)
-    with storage.replacing(storage.join(folder, MANIFEST_NAME)) as temporary:
-        with pa.OSFile(temporary, "wb") as file, pa.ipc.new_file(file, sealed.schema) as writer:
-            writer.write_batch(sealed)
-        seal_file(temporary)
+    write_with_checksum(storage.join(folder, MANIFEST_NAME), batch.replace_schema_metadata(metadata))
     return Manifest.open(folder)
 
 
-def rejects_csv(rejects: Sequence[tuple[str, str]]) -> bytes:
-    """Rows of (key, reason) as CSV with a header line, sorted by key, for people: see `paml.spreadsheet`."""
-    out = io.StringIO()
-    writer = ReportWriter(out)
-    writer.writerow(("key", "reason"))
-    writer.writerows(sorted(rejects))
-    return out.getvalue().encode("utf-8", "backslashreplace")
+def write_rejects(folder: str, rejects: Iterable[tuple[str, str]]) -> None:
+    """Write `rejects.csv`, a CSV report (see `paml.spreadsheet`), with a header and the rows (key, reason)."""
+    with (
+        storage.replacing(storage.join(folder, REJECTS_NAME)) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        write_report(file, itertools.chain([("key", "reason")], rejects))

@@ -1,53 +1,47 @@
-"""Check a folder of shards against its manifest, and name what is lost."""
+"""Verify a folder of shards against its manifest and list the lost images."""
 
 import contextlib
 import dataclasses
 import os
 import tarfile
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from mmap import ACCESS_READ, mmap
 
-import pyarrow.compute as pc
+import pyarrow as pa
 
 from paml import storage
-from paml.shards.crc import crc32_of
+from paml.checksum import crc32_of
+from paml.shards.cache import OpenShard
 from paml.shards.encode import member_key
 from paml.shards.manifest import MANIFEST_NAME, Manifest
+from paml.sources.tars import TarDamage, walk_tar
 
-_NAMED = 10
-_BLOCK, _NAME, _PREFIX = 512, 100, 345  # bytes of a tar header and of the name in it; where a long name begins
+_MAX_LISTED = 10
+_BLOCK = 512
+"""Bytes of a tar header."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardFault:
-    """What is wrong with one shard, or with a file beside them."""
+    """A problem with one shard, or with another file of the folder."""
 
     path: str
     problem: str
-    count: int
-    """Images that the manifest names in it."""
-    lost: tuple[str, ...]
-    """Keys of those that cannot be read."""
+    count: int = 0
+    """Images in it according to the manifest."""
+    lost: tuple[str, ...] = ()
+    """Keys of the unreadable images."""
 
     def __str__(self) -> str:
-        named = ", ".join(self.lost[:_NAMED])
-        if len(self.lost) > _NAMED:
-            named += f" and {len(self.lost) - _NAMED:,} more"
-        return f"{self.path}: {self.problem}" + (
-            f"; lost {len(self.lost):,} of {self.count:,} images: {named}" if self.lost else ""
-        )
+        lost = f"; lost {len(self.lost):,} of {self.count:,} images: {_listed(self.lost)}" if self.lost else ""
+        return f"{self.path}: {self.problem}{lost}"
 
 
 @dataclasses.dataclass(frozen=True)
 class VerifyReport:
-    """What `verify_shards` found."""
+    """Result of `verify_shards`; `str(report)` is readable."""
 
-    folder: str
-    shards: int
-    samples: int
-    bytes: int
+    manifest: Manifest
     deep: bool
     faults: tuple[ShardFault, ...]
 
@@ -57,14 +51,15 @@ class VerifyReport:
 
     @property
     def lost(self) -> tuple[str, ...]:
-        """Keys of all images that cannot be read."""
+        """Keys of all unreadable images."""
         return tuple(key for fault in self.faults for key in fault.lost)
 
     def __str__(self) -> str:
-        by = "SHA-256" if self.deep else "size alone"
-        head = f"{self.folder}: {self.samples:,} images in {self.shards:,} shards, checked by {by}: "
+        method = "SHA-256" if self.deep else "size only"
+        images, shards = len(self.manifest), len(self.manifest.shards)
+        head = f"{self.manifest.folder}: {images:,} images in {shards:,} shards, verified by {method}: "
         if self.ok:
-            return head + "all whole"
+            return head + "all intact"
         head += f"{len(self.faults)} bad files, {len(self.lost):,} images lost"
         return "\n".join([head, *(f"  {fault}" for fault in self.faults)])
 
@@ -76,145 +71,112 @@ def verify_shards(
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> VerifyReport:
-    """Check each shard's size, SHA-256 and keys; where they differ, each image's CRC-32 and each tar header.
+    """Verify each shard's size, SHA-256 and keys; if they differ, each image's CRC-32 and each tar header.
 
-    Shards that are gone, hold another's content, or are not in the manifest (stock WebDataset would read them too)
-    are named. Without `deep` sizes alone are compared. Damage is reported, not raised; raises DataError where there
-    is no sound manifest, StorageError where storage cannot be reached.
+    Reports shards that are missing, have the content of another shard, or are not in the manifest (stock WebDataset
+    would read them too). Compares only sizes if `deep` is False. Raises DataError if there is no valid manifest, and
+    StorageError if the storage is unreachable.
     """
     manifest = Manifest.open(folder)
-    faults = [*_doubled_keys(manifest), *_strangers(manifest)]
+    faults = _folder_faults(manifest)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        checks = pool.map(lambda shard: _check(manifest, shard, deep), range(len(manifest.shards)))
-        for done, fault in enumerate(checks, start=1):
+        results = pool.map(lambda shard: _verify_shard(manifest, shard, deep), range(len(manifest.shards)))
+        for done, fault in enumerate(results, start=1):
             if fault is not None:
                 faults.append(fault)
             if progress is not None:
                 progress("shards", done, len(manifest.shards))
-    return VerifyReport(
-        folder=manifest.folder,
-        shards=len(manifest.shards),
-        samples=manifest.num_samples,
-        bytes=sum(shard.bytes for shard in manifest.shards),
-        deep=deep,
-        faults=tuple(faults),
-    )
+    return VerifyReport(manifest, deep, tuple(faults))
 
 
-def _doubled_keys(manifest: Manifest) -> list[ShardFault]:
-    keys = manifest.keys()
-    if pc.call_function("count_distinct", [keys]).as_py() == len(keys):
-        return []
-    counts = pc.call_function("value_counts", [keys])
-    twice = counts.field("values").filter(pc.call_function("greater", [counts.field("counts"), 1])).to_pylist()
-    named = ", ".join(twice[:_NAMED])
-    path = storage.join(manifest.folder, MANIFEST_NAME)
-    return [ShardFault(path, f"{len(twice):,} keys stand twice: {named}: write the shards again", 0, ())]
+def _listed(items: Sequence[str], separator: str = ", ") -> str:
+    """The first ten items and the number of the others."""
+    more = [f"{len(items) - _MAX_LISTED:,} more"] if len(items) > _MAX_LISTED else []
+    return separator.join([*items[:_MAX_LISTED], *more])
 
 
-def _strangers(manifest: Manifest) -> list[ShardFault]:
-    """Tar files of the folder that its manifest does not name; one that indexes others' shards may leave some out."""
-    if not manifest.settings:
-        return []
+def _folder_faults(manifest: Manifest) -> list[ShardFault]:
+    """Duplicate keys, and tar files that are not in the manifest. A manifest of indexed shards may omit some."""
+    faults = []
+    counts = manifest.keys().value_counts()
+    repeated = counts.field("values").filter(pa.array(counts.field("counts").to_numpy() > 1)).to_pylist()
+    if repeated:
+        problem = f"{len(repeated):,} duplicate keys: {_listed(repeated)}: write the shards again"
+        faults.append(ShardFault(storage.join(manifest.folder, MANIFEST_NAME), problem))
     known = {info.name for info in manifest.shards}
-    return [
-        ShardFault(storage.join(manifest.folder, name), f"not in {MANIFEST_NAME}: move it away", 0, ())
-        for name in storage.list_files(manifest.folder)
-        if name.endswith(".tar") and not name.startswith(".") and name not in known
-    ]
+    for name in storage.list_files(manifest.folder) if manifest.settings else []:
+        if name.endswith(".tar") and not name.startswith(".") and name not in known:
+            problem = f"not in {MANIFEST_NAME}: move it to another folder"
+            faults.append(ShardFault(storage.join(manifest.folder, name), problem))
+    return faults
 
 
-def _check(manifest: Manifest, shard: int, deep: bool) -> ShardFault | None:
+def _verify_shard(manifest: Manifest, shard: int, deep: bool) -> ShardFault | None:
     info, path, rows = manifest.shards[shard], manifest.shard_path(shard), manifest.rows_of_shard(shard)
     try:
         size = storage.size_of(path)
     except FileNotFoundError:
         keys = tuple(manifest.keys()[rows.start : rows.stop].to_pylist())
-        return ShardFault(path, "the file is gone", info.count, keys)
-    problem = ""
-    if size < info.bytes:
-        problem = f"cut: {size:,} of {info.bytes:,} bytes are there"
-    elif size > info.bytes:
-        problem = f"{size:,} bytes where {info.bytes:,} were written"
+        return ShardFault(path, "the file is missing", info.count, keys)
+    problem = f"truncated: {size:,} of {info.bytes:,} bytes" if size < info.bytes else ""
+    if size > info.bytes:
+        problem = f"{size:,} bytes instead of {info.bytes:,}"
     if not problem and not deep:
         return None
-    with _local(path) as local:
+    with storage.local_file(path) as local:
         digest = storage.sha256_of(local)[0]
         if digest == info.sha256:
-            return _misnamed(manifest, shard, local)
+            return _wrong_keys(manifest, shard, local)
         problem = problem or "SHA-256 differs"
         owner = next((other.name for other in manifest.shards if other.sha256 == digest), None)
         if owner is not None:
-            problem += f": it holds what belongs into {owner}"
-        return _salvage(manifest, shard, local, problem)
+            problem += f": it has the content of {owner}"
+        return _check_images(manifest, shard, local, problem)
 
 
-@contextlib.contextmanager
-def _local(path: str) -> Iterator[str]:
-    """A local file with the content of `path`."""
-    if not storage.is_remote(path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="paml-verify-") as temporary:
-        local = os.path.join(temporary, "shard.tar")
-        storage.copy_to_local(path, local)
-        yield local
-
-
-def _mapped(local: str) -> memoryview:
-    empty = not os.path.getsize(local)
-    with open(local, "rb") as file:
-        return memoryview(b"" if empty else mmap(file.fileno(), 0, access=ACCESS_READ))
-
-
-def _misnamed(manifest: Manifest, shard: int, local: str) -> ShardFault | None:
-    """Keys of the manifest that are not the names in a whole tar file: their images would get others' labels."""
-    rows, data, wrong = manifest.rows_of_shard(shard), _mapped(local), []
-    places = zip(manifest.keys()[rows].to_pylist(), manifest.offset[rows].tolist(), strict=True)
-    for key, offset in places:
-        header = bytes(data[offset - _BLOCK : offset])
-        name = header[:_NAME].split(b"\0", 1)[0]
-        # longer names, and those beyond ASCII, stand elsewhere
-        if len(name) == _NAME or header[_PREFIX] or not key.isascii():
-            continue
-        written = member_key(key) if manifest.settings else key
-        if not name.startswith(f"{written}.".encode()):
-            wrong.append(f"{key} is {name.decode('ascii', 'replace')}")
+def _wrong_keys(manifest: Manifest, shard: int, local: str) -> ShardFault | None:
+    """Keys of the manifest that differ from the names in an intact tar file: images would get wrong labels."""
+    rows, names = manifest.rows_of_shard(shard), dict[int, str]()
+    with open(local, "rb") as file, contextlib.suppress(TarDamage):  # the index ends at the damage too
+        for member in walk_tar(file, local):
+            names[member.offset] = member.name
+    wrong = []
+    for key, offset in zip(manifest.keys()[rows].to_pylist(), manifest.offset[rows].tolist(), strict=True):
+        name = names.get(offset, "no member of the tar file")
+        if not name.startswith(f"{member_key(key) if manifest.settings else key}."):
+            wrong.append(f"{key} is {name}")
     if not wrong:
         return None
-    named = "; ".join(wrong[:_NAMED]) + (f"; {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else "")
-    path = storage.join(manifest.folder, MANIFEST_NAME)
-    problem = f"{len(wrong):,} keys are not those of {manifest.shards[shard].name}: {named}: write the shards again"
-    return ShardFault(path, problem, manifest.shards[shard].count, ())
+    info, path = manifest.shards[shard], storage.join(manifest.folder, MANIFEST_NAME)
+    problem = f"{len(wrong):,} keys differ from those of {info.name}: {_listed(wrong, '; ')}: write the shards again"
+    return ShardFault(path, problem, info.count)
 
 
-def _salvage(manifest: Manifest, shard: int, local: str, problem: str) -> ShardFault:
-    """Say which images of a bad shard are whole."""
+def _check_images(manifest: Manifest, shard: int, local: str, problem: str) -> ShardFault:
+    """Find the intact images of a damaged shard."""
     rows, lost, details = manifest.rows_of_shard(shard), [], []
-    data = _mapped(local)
+    tar = OpenShard(local)
     for index in range(rows.start, rows.stop):
-        offset, size = int(manifest.offset[index]), int(manifest.size[index])
-        image = data[offset : offset + size]
+        key, offset, size = manifest.key(index), int(manifest.offset[index]), int(manifest.size[index])
+        image = tar.read(offset, size)
         if len(image) < size:
-            lost.append(manifest.key(index))
-            continue
-        if crc32_of(image) != int(manifest.crc32[index]):
-            lost.append(manifest.key(index))
-            details.append(f"image {lost[-1]!r} (bytes {offset} to {offset + size}) fails its CRC-32")
-            continue
-        try:
-            tarfile.TarInfo.frombuf(bytes(data[offset - _BLOCK : offset]), "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            details.append(
-                f"the tar header of {manifest.key(index)!r} at byte {offset - _BLOCK} is damaged (paml reads "
-                "past it, stock WebDataset drops what follows)"
-            )
+            lost.append(key)
+        elif crc32_of(image) != int(manifest.crc32[index]):
+            lost.append(key)
+            details.append(f"CRC-32 mismatch in the image {key!r} (bytes {offset} to {offset + size})")
+        else:
+            try:
+                tarfile.TarInfo.frombuf(tar.read(offset - _BLOCK, _BLOCK), "utf-8", "surrogateescape")
+            except (tarfile.HeaderError, OSError):  # there is no byte before the tar file
+                details.append(
+                    f"damaged tar header of {key!r} at byte {offset - _BLOCK} (paml can read the images after it, "
+                    "stock WebDataset drops them)"
+                )
     if not lost and not details:
-        details.append("all images are whole by CRC-32: the damage lies between them")
-    shown = details[:_NAMED] + ([f"{len(details) - _NAMED} more"] if len(details) > _NAMED else [])
+        details.append("all images are intact by CRC-32: the damage is between them")
     return ShardFault(
         manifest.shard_path(shard),
-        ": ".join([problem, "; ".join(shown)] if shown else [problem]),
+        ": ".join([problem, _listed(details, "; ")] if details else [problem]),
         manifest.shards[shard].count,
         tuple(lost),
     )

@@ -7,70 +7,65 @@ import numpy as np
 
 from paml import storage
 from paml.errors import DataError
-from paml.reading import inside, read_facts, reading
-from paml.sources.full import FullSplit, first_that_exists, full_split
+from paml.parsing import parse_errors_as, read_json, safe_join
+from paml.sources.full import LabeledSplit, first_existing, write_labeled_split
 
 SPLITS = {"train": "train2014", "test": "val2014"}
-"""The papers' protocol: of train2014 and val2014 the images with objects, 82,081 and 40,137."""
+"""The papers' protocol: the images with objects of train2014 and val2014, 82,081 and 40,137."""
 
 
-def coco(root: str, out: str, *, splits: Mapping[str, str] = SPLITS, drop_empty: bool = True) -> dict[str, FullSplit]:
+def coco(root: str, out: str, *, splits: Mapping[str, str] = SPLITS) -> dict[str, LabeledSplit]:
     """The splits of the tree `root`, with tables `{out}/{split}-full.arrow`.
 
-    splits: the image set of each split. drop_empty leaves out images without any object, as the papers do. A key
-    is the image's id in decimal digits without leading zeros, so that the order of the table's keys, as of
-    strings, is the one in which the papers draw their single positives. The 80 classes, named by their names,
-    stand in the file's order; crowds count. Raises DataError for absent or broken files.
+    splits: the image set of each split. Images without any object are left out, as in the papers. A key is the image's
+    id in decimal digits without leading zeros: the order of the table's keys, as strings, is then the one in which the
+    papers sample their single positives. The 80 classes, identified by their names, are in the file's order; crowds
+    count. Raises DataError for missing or broken files.
     """
-    found = {}
+    labeled = {}
     for split, image_set in splits.items():
-        path = first_that_exists(
+        path = first_existing(
             root, [f"annotations/instances_{image_set}.json", f"instances_{image_set}.json"], "the objects"
         )
-        with reading(path, "fetch it again"):
-            said = _read(path)
-            classes = [category["name"] for category in said["categories"]]
+        with parse_errors_as(path, "download it again"):
+            content = _read(path)
+            classes = [category["name"] for category in content["categories"]]
             if not all(isinstance(name, str) for name in classes):
-                raise TypeError("a category's name is no text")
-            class_of = {category["id"]: index for index, category in enumerate(said["categories"])}
-            row_of = {image["id"]: row for row, image in enumerate(said["images"])}
+                raise TypeError("the name of a category is not text")
+            class_of = {category["id"]: index for index, category in enumerate(content["categories"])}
+            row_of = {image["id"]: row for row, image in enumerate(content["images"])}
             positives = np.zeros((len(row_of), len(classes)), bool)
-            for thing in said["annotations"]:
+            for annotation in content["annotations"]:
                 try:
-                    positives[row_of[thing["image_id"]], class_of[thing["category_id"]]] = True
+                    positives[row_of[annotation["image_id"]], class_of[annotation["category_id"]]] = True
                 except KeyError as error:
                     raise DataError(
-                        f"{path}: annotation {thing.get('id')} names {error}, which the file itself does not describe: "
-                        "fetch it again"
+                        f"{path}: annotation {annotation.get('id')} refers to {error}, which the file does not have: "
+                        "download it again"
                     ) from error
-            kept = np.flatnonzero(positives.any(axis=1)) if drop_empty else np.arange(len(row_of))
-            folder, prefix = _image_folder(root, image_set, said["images"])
-            files = [(str(image["id"]), prefix + image["file_name"]) for image in (said["images"][row] for row in kept)]
+            rows = np.flatnonzero(positives.any(axis=1))
+            first = f"{image_set}/{content['images'][0]['file_name']}"
+            folder = first_existing(root, [first, f"images/{first}"], "the first image").removesuffix(f"/{first}")
+            images = [content["images"][row] for row in rows]
+            files = [(str(image["id"]), f"{image_set}/{image['file_name']}") for image in images]
             for _, name in files:
-                inside(folder, name)
-        found[split] = full_split(
+                safe_join(folder, name)
+        labeled[split] = write_labeled_split(
             folder,
             files,
             classes,
-            positives[kept],
+            positives[rows],
             storage.join(out, f"{split}-full.arrow"),
-            about=f"MS-COCO {image_set}",
+            set_name=f"MS-COCO {image_set}",
         )
-    return found
+    return labeled
 
 
 def _read(path: str) -> dict[str, Any]:
-    said = read_facts(path, "fetch it again")
-    absent = [name for name in ("images", "annotations", "categories") if name not in said]
-    if absent:
-        raise DataError(f"{path} has no {absent[0]!r}: name the file of the instances, not of the captions")
-    if not said["images"]:
-        raise DataError(f"{path} describes no image: fetch it again")
-    return said
-
-
-def _image_folder(root: str, image_set: str, images: list[dict[str, Any]]) -> tuple[str, str]:
-    """The folder of the images and what stands before their names: `{set}/` or `images/{set}/`."""
-    first = images[0]["file_name"]
-    place = first_that_exists(root, [f"{image_set}/{first}", f"images/{image_set}/{first}"], "the first image")
-    return place.removesuffix(f"{image_set}/{first}").rstrip("/"), f"{image_set}/"
+    content = read_json(path, "download it again")
+    missing = [name for name in ("images", "annotations", "categories") if name not in content]
+    if missing:
+        raise DataError(f"{path} has no {missing[0]!r}: use the file of the instances, not of the captions")
+    if not content["images"]:
+        raise DataError(f"{path} lists no image: download it again")
+    return content

@@ -1,15 +1,15 @@
-"""Demo data made on the spot: scenes of scikit-learn's handwritten digits, labelled as Open Images V3 is.
+"""Synthetic demo data: scenes of scikit-learn's handwritten digits, labeled like Open Images V3.
 
-Every scene holds one to five digits of distinct classes, each class being a digit in a colour ("red 7"), on
-textured ground. No digit image serves two splits. What is written has the layout of an Open Images V3
-release, with the full labels and the boxes beside it::
+Every scene has one to five digits of distinct classes on a textured background; a class is a digit in a color
+("red 7"). No digit image is used in two splits. The files have the layout of an Open Images V3 release, plus full
+labels and boxes::
 
     images/{split}/{ImageID}.jpg
     2017_11/classes-trainable.txt, 2017_11/class-descriptions.csv
     2017_11/{split}/annotations-human.csv       train: sparse; validation and test: every class
     full-labels/{split}/annotations-human.csv   every class of every split
-    boxes/{split}.csv                           one row for each digit
-    scenes.json                                 written last: the folder is whole
+    boxes/{split}.csv                           one row per digit
+    scenes.json                                 settings, and whether the folder is complete
 """
 
 import csv
@@ -24,12 +24,15 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from paml.reading import parse_object, reading
+from paml import storage
+from paml.errors import SettingsError, check_setting
+from paml.labels.class_list import write_class_list
+from paml.parsing import read_json
 
-VERSION = 2
-SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}  # each with its share of the digit images
+VERSION = 3
+SPLITS = {"train": 0.6, "validation": 0.15, "test": 0.25}  # fraction of the digit images of each split
 DEFAULT_IMAGES = {"train": 2400, "validation": 600, "test": 900}
-COLOURS = {
+COLORS = {
     "red": (215, 30, 35),
     "yellow": (250, 220, 40),
     "green": (20, 150, 55),
@@ -39,59 +42,40 @@ COLOURS = {
     "white": (252, 252, 252),
     "black": (8, 8, 8),
 }
-DIGITS = (0, 1, 4, 7)  # the others look too much alike for a network that has minutes to learn from scratch
-CLASSES = tuple((digit, colour) for colour in COLOURS for digit in DIGITS)
-MIDS = tuple(f"/m/0d{digit}{colour}" for digit, colour in CLASSES)
-NAMES = tuple(f"{colour} {digit}" for digit, colour in CLASSES)
+DIGITS = (0, 1, 4, 7)  # the others are too similar for a network trained from scratch for minutes
+CLASSES = tuple((digit, color) for color in COLORS for digit in DIGITS)
+MIDS = tuple(f"/m/0d{digit}{color}" for digit, color in CLASSES)
+NAMES = tuple(f"{color} {digit}" for digit, color in CLASSES)
 
-DIGITS_SHARES = (0.12, 0.22, 0.28, 0.24, 0.14)  # of the scenes that hold 1, 2, 3, 4 and 5 digits
-NEGATIVES_SHARES = (0.3, 0.4, 0.3)  # of the train scenes with 0, 1 and 2 observed negatives
-TAIL_OFFSET = 6.0  # the class of rank r (from 0) is drawn with a weight of 1 / (r + TAIL_OFFSET)
-DIGIT_HEIGHTS = (0.38, 0.46)  # of a digit before it is turned, as shares of the picture's side
-SINGLE_HEIGHTS = (0.6, 0.74)  # where a picture holds one digit alone
-PLACE_TRIES = 60
+DIGIT_COUNT_PROBS = (0.12, 0.22, 0.28, 0.24, 0.14)  # of scenes with 1, 2, 3, 4 and 5 digits
+NEGATIVE_COUNT_PROBS = (0.3, 0.4, 0.3)  # of train scenes with 0, 1 and 2 observed negatives
+TAIL_OFFSET = 6.0  # the class of rank r (from 0) has the weight 1 / (r + TAIL_OFFSET)
+DIGIT_HEIGHTS = (0.38, 0.46)  # of a digit before it is rotated, as fractions of the image side
+SINGLE_HEIGHTS = (0.6, 0.74)  # of the only digit of an image
+PLACEMENT_TRIES = 60
 
 SCENES_FILE = "scenes.json"
-UNFINISHED_FILE = "scenes.unfinished.json"
 ANNOTATION_COLUMNS = ("ImageID", "Source", "LabelName", "Confidence")
 BOX_COLUMNS = ("ImageID", "Source", "LabelName", "Confidence", "XMin", "XMax", "YMin", "YMax")
 
-
-class DigitScenesError(ValueError):
-    """Settings that make no scenes, or a folder that holds something else."""
+Box = tuple[float, float, float, float]
+"""x_min, x_max, y_min and y_max of a digit, as fractions of the side."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneReport:
-    """What `write_digit_scenes` wrote, or found written."""
+    """What `write_digit_scenes` wrote, or an earlier call."""
 
     folder: str
     images: dict[str, int]
     """Scenes of each split."""
-    positives: dict[str, int]
-    """True (image, class) pairs of each split."""
-    observed_positives: int
-    """Positives that the train annotations tell."""
-    observed_negatives: int
-    """Negatives that the train annotations tell."""
-    kept: bool
-    """True where the folder was whole already, so that nothing was written."""
+    already_done: bool
+    """The folder was already complete: nothing was written."""
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count:,} {split}" for split, count in self.images.items())
-        means = ", ".join(f"{self.positives[split] / count:.2f}" for split, count in self.images.items())
-        return (
-            f"digit scenes {'kept' if self.kept else 'written'} in {self.folder}: {counts} images, "
-            f"{len(MIDS)} classes, {means} positives an image; train shows {self.observed_positives:,} of "
-            f"its {self.positives.get('train', 0):,} positives and {self.observed_negatives:,} negatives"
-        )
-
-
-@dataclass(frozen=True)
-class _Scene:
-    picture: Image.Image
-    classes: list[int]
-    boxes: list[tuple[float, float, float, float]]  # x_min, x_max, y_min, y_max as shares of the side
+        action = "found" if self.already_done else "written"
+        return f"digit scenes {action} in {self.folder}: {counts} images, {len(MIDS)} classes"
 
 
 def write_digit_scenes(
@@ -105,47 +89,42 @@ def write_digit_scenes(
 ) -> SceneReport:
     """Write scenes of handwritten digits as JPEG files and Open Images V3 CSV under the folder `out`.
 
-    images: scenes of each split (train, validation, test); 2,400, 600 and 900 where none is given.
-    size: side of the square pictures, pixels.
-    single: one large digit in every scene, every class as often, to learn digits from before they come in company.
-    progress: called with (scenes done, scenes in all) after each scene.
+    images: scenes of each split (train, validation, test), by default 2,400, 600 and 900.
+    size: side of the square images in pixels.
+    single: one large digit per scene, with classes of equal frequency, to pretrain a backbone.
+    progress: called with (scenes done, all scenes) after each scene.
 
-    The same settings give the same files. A folder that is whole with the same settings is kept as it is, one
-    that was cut off is written anew. Raises DigitScenesError where the settings make no scenes or where the
-    folder holds anything else, OSError where it cannot be written.
+    The same settings give the same files. A complete folder of the same settings is not changed, an incomplete one
+    is written again. Raises SettingsError for invalid settings or a folder with other content, OSError if it
+    cannot be written.
     """
     counts = dict(DEFAULT_IMAGES if images is None else images)
     _check_settings(counts, size)
     settings = {"version": VERSION, "images": counts, "size": size, "seed": seed, "single": single}
     folder = Path(out)
-    finished = _claim(folder, settings)
-    if finished is not None:
-        return SceneReport(folder=str(folder), kept=True, **finished)
+    if _is_complete(folder, settings):
+        return SceneReport(folder=str(folder), images=counts, already_done=True)
 
     digits = _digits_of_splits()
     weights = np.full(len(CLASSES), 1 / len(CLASSES)) if single else _class_weights(seed)
     _write_classes(folder / "2017_11")
-    positives = dict.fromkeys(counts, 0)
-    observed = {1: 0, 0: 0}
     done, total = 0, sum(counts.values())
     for split, count in counts.items():
         truth_rows: list[tuple[str, str, str, int]] = []
         sparse_rows: list[tuple[str, str, str, int]] = []
         box_rows: list[tuple[Any, ...]] = []
-        pictures = folder / "images" / split
-        pictures.mkdir(parents=True, exist_ok=True)
+        image_folder = folder / "images" / split
+        image_folder.mkdir(parents=True, exist_ok=True)
         for index in range(count):
             key = hashlib.sha256(f"{seed}/{split}/{index}".encode()).hexdigest()[:16]
             rng = np.random.default_rng([seed, list(SPLITS).index(split), index])
-            scene = _draw_scene(rng, digits[split], weights, size, single)
-            scene.picture.save(pictures / f"{key}.jpg", quality=92)
-            present = set(scene.classes)
-            positives[split] += len(present)
+            image, classes, boxes = _draw_scene(rng, digits[split], weights, size, single)
+            image.save(image_folder / f"{key}.jpg", quality=92)
+            present = set(classes)
             truth_rows += [(key, "verification", mid, int(c in present)) for c, mid in enumerate(MIDS)]
-            for cls, state in _observe(rng, scene.classes, weights):
-                observed[state] += split == "train"
+            for cls, state in _observe(rng, classes, weights):
                 sparse_rows.append((key, "verification", MIDS[cls], state))
-            for cls, box in zip(scene.classes, scene.boxes, strict=True):
+            for cls, box in zip(classes, boxes, strict=True):
                 box_rows.append((key, "xclick", MIDS[cls], 1, *(f"{edge:.6f}" for edge in box)))
             done += 1
             if progress is not None:
@@ -155,59 +134,44 @@ def write_digit_scenes(
         _write_csv(folder / "full-labels" / split / "annotations-human.csv", ANNOTATION_COLUMNS, truth_rows)
         _write_csv(folder / "boxes" / f"{split}.csv", BOX_COLUMNS, box_rows)
 
-    figures = {
-        "images": counts,
-        "positives": positives,
-        "observed_positives": observed[1],
-        "observed_negatives": observed[0],
-    }
-    unfinished = folder / UNFINISHED_FILE
-    unfinished.write_text(json.dumps({"settings": settings, "figures": figures}, indent=2) + "\n")
-    unfinished.replace(folder / SCENES_FILE)
-    return SceneReport(folder=str(folder), kept=False, **figures)
+    _write_marker(folder, settings, complete=True)
+    return SceneReport(folder=str(folder), images=counts, already_done=False)
 
 
 def _check_settings(counts: Mapping[str, int], size: int) -> None:
-    unknown = sorted(set(counts) - set(SPLITS))
-    if unknown:
-        raise DigitScenesError(f"images names the split {unknown[0]!r}; allowed are {', '.join(SPLITS)}")
+    check_setting(bool(counts) and set(counts) <= set(SPLITS), "images", counts, f"counts of {', '.join(SPLITS)}")
     for split, count in counts.items():
-        if count < 1:
-            raise DigitScenesError(f"images[{split!r}] is {count}; give at least 1, or leave the split out")
-    if not counts:
-        raise DigitScenesError(f"images names no split; give at least one of {', '.join(SPLITS)}")
-    if size < 32:
-        raise DigitScenesError(f"size is {size} pixels; below 32 the digits cannot be read, give 32 or more")
+        check_setting(count >= 1, f"images[{split!r}]", count, "1 or more; or leave the split out")
+    check_setting(size >= 32, "size", size, "32 or more pixels: smaller digits are not legible")
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The figures of a folder that is whole; else None, the folder being marked as ours and unfinished."""
-    for name in (SCENES_FILE, UNFINISHED_FILE):
-        marker = folder / name
-        if not marker.exists():
-            continue
-        with reading(str(marker), "delete that folder"):
-            written = parse_object(marker.read_text())
-            written = {"settings": written["settings"], "figures": written.get("figures")}
-        if written["settings"] != settings:
-            raise DigitScenesError(
-                f"{folder} holds digit scenes made with {written['settings']}, but {settings} are asked for: "
-                "delete that folder or name another one"
-            )
-        if name == SCENES_FILE:
-            return written["figures"]
-    if folder.exists() and not (folder / UNFINISHED_FILE).exists() and any(folder.iterdir()):
-        raise DigitScenesError(f"{folder} holds other files: name a new or an empty folder for the digit scenes")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / UNFINISHED_FILE).write_text(json.dumps({"settings": settings}) + "\n")
-    return None
+def _is_complete(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder is complete; if it is new, it is marked as incomplete."""
+    marker = folder / SCENES_FILE
+    if not marker.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise SettingsError(f"{folder} has other files: name a new or empty folder for the digit scenes")
+        _write_marker(folder, settings, complete=False)
+        return False
+    written = read_json(str(marker), "delete that folder")
+    if written.get("settings") != settings:
+        raise SettingsError(
+            f"{folder} has digit scenes with the settings {written.get('settings')}, requested are {settings}: delete "
+            "that folder or name another one"
+        )
+    return written.get("complete") is True
+
+
+def _write_marker(folder: Path, settings: dict[str, Any], *, complete: bool) -> None:
+    text = json.dumps({"settings": settings, "complete": complete}, indent=2) + "\n"
+    storage.write_bytes(str(folder / SCENES_FILE), text.encode())
 
 
 def _digits_of_splits() -> dict[str, list[list[np.ndarray]]]:
     """The images of each of DIGITS, uint8 [8, 8], by split; no image is in two splits.
 
-    The splits are the same for every seed, so that a network which has learned the digits of one set's training
-    split has seen no handwriting of another set's test split.
+    The splits are the same for every seed: a network trained on the training split of one set has not seen the
+    handwriting of another set's test split.
     """
     from sklearn.datasets import load_digits
 
@@ -225,52 +189,53 @@ def _digits_of_splits() -> dict[str, list[list[np.ndarray]]]:
 
 
 def _class_weights(seed: int) -> np.ndarray:
-    """How likely each class is drawn: float64[K], sum 1, long-tailed; the seed says which are rare."""
+    """Probability of each class: float64[K], sum 1, long-tailed; the seed decides which are rare."""
     ranks = np.random.default_rng([seed, 101]).permutation(len(CLASSES))
     weights = 1.0 / (ranks + TAIL_OFFSET)
     return weights / weights.sum()
 
 
 def _observe(rng: np.random.Generator, present: Sequence[int], weights: np.ndarray) -> list[tuple[int, int]]:
-    """One positive of the scene and none to two negatives, frequent classes being asked for more often."""
+    """(class, state) of one positive of the scene and zero to two negatives, frequent classes more often."""
     absent = weights.copy()
     absent[list(present)] = 0
-    count = rng.choice(len(NEGATIVES_SHARES), p=NEGATIVES_SHARES)
+    count = rng.choice(len(NEGATIVE_COUNT_PROBS), p=NEGATIVE_COUNT_PROBS)
     negatives = rng.choice(len(weights), size=count, replace=False, p=absent / absent.sum())
     return sorted([(int(rng.choice(present)), 1), *((int(cls), 0) for cls in negatives)])
 
 
 def _draw_scene(
     rng: np.random.Generator, digits: list[list[np.ndarray]], weights: np.ndarray, size: int, single: bool
-) -> _Scene:
-    picture = _draw_ground(rng, size)
-    count = 1 if single else 1 + rng.choice(len(DIGITS_SHARES), p=DIGITS_SHARES)
+) -> tuple[Image.Image, list[int], list[Box]]:
+    """(image, class of each digit, their boxes)."""
+    image = _draw_background(rng, size)
+    count = 1 if single else 1 + rng.choice(len(DIGIT_COUNT_PROBS), p=DIGIT_COUNT_PROBS)
     heights = SINGLE_HEIGHTS if single else DIGIT_HEIGHTS
     classes: list[int] = []
-    boxes: list[tuple[float, float, float, float]] = []
+    boxes: list[Box] = []
     for cls in rng.choice(len(weights), size=count, replace=False, p=weights):
-        digit, colour = CLASSES[cls]
+        digit, color = CLASSES[cls]
         pool = digits[DIGITS.index(digit)]
         mask = _digit_mask(rng, pool[rng.integers(len(pool))], size, heights)
-        corner = _free_corner(rng, mask.size, size, boxes)
+        corner = _find_free_corner(rng, mask.size, size, boxes)
         if corner is None:
             continue
         x, y = corner
-        tint = np.clip(np.asarray(COLOURS[colour]) + rng.normal(0, 14, 3), 0, 255).astype(int)
-        picture.paste(tuple(tint.tolist()), (x, y), mask)
+        tint = np.clip(np.asarray(COLORS[color]) + rng.normal(0, 14, 3), 0, 255).astype(int)
+        image.paste(tuple(tint.tolist()), (x, y), mask)
         classes.append(int(cls))
         boxes.append((x / size, (x + mask.width) / size, y / size, (y + mask.height) / size))
-    return _Scene(picture, classes, boxes)
+    return image, classes, boxes
 
 
-def _draw_ground(rng: np.random.Generator, size: int) -> Image.Image:
-    """A colour gradient with coarse and fine noise, and strokes of any colour that are no digits."""
+def _draw_background(rng: np.random.Generator, size: int) -> Image.Image:
+    """A color gradient with coarse and fine noise, and random strokes."""
     tone = rng.uniform(70, 150) + rng.normal(0, 18, (2, 2, 1)) + rng.normal(0, 8, (2, 2, 3))
     coarse = rng.normal(0, 12, (7, 7, 1)) + rng.normal(0, 6, (7, 7, 3))
-    ground = _enlarge(tone, size) + _enlarge(coarse, size)
-    ground += rng.normal(0, rng.uniform(2, 9), (size, size, 1)).astype(np.float32)
-    picture = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
-    pen = ImageDraw.Draw(picture)
+    background = _enlarge(tone, size) + _enlarge(coarse, size)
+    background += rng.normal(0, rng.uniform(2, 9), (size, size, 1)).astype(np.float32)
+    image = Image.fromarray(np.clip(background, 0, 255).astype(np.uint8))
+    pen = ImageDraw.Draw(image)
     for _ in range(rng.integers(0, 4)):
         x, y = rng.uniform(0, size, 2)
         dx, dy = rng.normal(0, 0.16 * size, 2)
@@ -281,7 +246,7 @@ def _draw_ground(rng: np.random.Generator, size: int) -> Image.Image:
         else:
             reach = abs(dx) + 3
             pen.arc((x - reach, y - reach, x + reach, y + reach), *rng.uniform(0, 360, 2), fill=ink, width=width)
-    return picture
+    return image
 
 
 def _enlarge(grid: np.ndarray, size: int) -> np.ndarray:
@@ -292,25 +257,25 @@ def _enlarge(grid: np.ndarray, size: int) -> np.ndarray:
 
 
 def _digit_mask(rng: np.random.Generator, pixels: np.ndarray, size: int, heights: tuple[float, float]) -> Image.Image:
-    """How opaque the ink is, 8 bits: the digit smoothly enlarged, slightly turned, cut to its ink."""
+    """8-bit opacity: the digit smoothly enlarged, slightly rotated, cropped to its ink."""
     height = size * rng.uniform(*heights)
     ink = np.flatnonzero(pixels.any(axis=1))
-    side = round(height * 12 / (ink[-1] - ink[0] + 1))  # padded by 2 on each side, so that no ink is turned away
+    side = round(height * 12 / (ink[-1] - ink[0] + 1))  # padded by 2 on each side, so rotation cuts no ink off
     glyph = Image.fromarray(np.pad(pixels, 2)).resize((side, side), Image.Resampling.BICUBIC)
     glyph = glyph.rotate(rng.uniform(-10, 10), Image.Resampling.BILINEAR)
     mask = glyph.point([min(255, max(0, (level - 60) * 3 // 2)) for level in range(256)])
     return mask.crop(mask.getbbox())
 
 
-def _free_corner(
+def _find_free_corner(
     rng: np.random.Generator,
     extent: tuple[int, int],
     size: int,
-    boxes: Sequence[tuple[float, float, float, float]],
+    boxes: Sequence[Box],
 ) -> tuple[int, int] | None:
-    """Where a digit of this width and height touches no other, or None where no place was found."""
+    """Top left corner at which a digit of this width and height touches no other, or None."""
     width, height = extent
-    for _ in range(PLACE_TRIES):
+    for _ in range(PLACEMENT_TRIES):
         x, y = int(rng.integers(size - width + 1)), int(rng.integers(size - height + 1))
         left, right, top, bottom = x / size, (x + width) / size, y / size, (y + height) / size
         if all(right <= a or left >= b or bottom <= c or top >= d for a, b, c, d in boxes):
@@ -321,8 +286,7 @@ def _free_corner(
 def _write_classes(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "classes-trainable.txt").write_text("".join(f"{mid}\n" for mid in MIDS))
-    lines = "".join(f'"{mid}","{name}"\n' for mid, name in zip(MIDS, NAMES, strict=True))
-    (folder / "class-descriptions.csv").write_text(lines)
+    write_class_list(str(folder / "class-descriptions.csv"), MIDS, NAMES)
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -1,19 +1,18 @@
-"""Open Images from the original addresses in `images.csv`: what no bucket has, asked for politely.
+"""Open Images from the original addresses in `images.csv`, requested politely.
 
-Nothing here runs unless it is asked for. Authors have removed or changed a share of the photos since (about a
-fifth were gone by 2018), which is why each file's size and MD5 are compared with the release's.
+Used only on request, for images that no bucket has. About a fifth of the images were removed by 2018 and others have
+changed, so each file's size and MD5 are compared with the release's.
 """
 
 import base64
 import contextlib
 import hashlib
-import io
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -21,77 +20,37 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from paml import storage
-from paml.errors import DataError, SettingsError
-from paml.sources.fetch import read_ahead, wait_seconds
-from paml.sources.parts import Part, Payload, mark_of, starts
-from paml.sources.web import LATER, USER_AGENT, Unreachable, opened, pieces, retry_after_seconds
+from paml.errors import DataError, check_setting
+from paml.sources.fetch import read_concurrently, wait_seconds
+from paml.sources.parts import MAX_IMAGE_BYTES, Part, Payload, fingerprint
+from paml.sources.web import RETRY_STATUS, USER_AGENT, Unreachable, iter_chunks, open_url, retry_after_seconds
 from paml.storage import StorageError
 
 COLUMNS = ("ImageID", "OriginalURL", "OriginalSize", "OriginalMD5")
 _UNAVAILABLE = "photo_unavailable"
-_BLOCK_BYTES = 64 << 20  # the table of wanted keys is made anew for each
+_THREADS = 8  # concurrent requests of one part to all servers
+_GIVE_UP_AFTER = 20  # consecutive images without a response; the part is then read again
+_FIRST_WAIT_SECONDS = 1.0  # after the first failure; it doubles with each
+_TIMEOUT_SECONDS = 60.0  # for one whole image
+_BLOCK_BYTES = 64 << 20  # the lookup of the wanted keys is rebuilt for each block
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlickrSettings:
-    """How the original servers are asked. The limits hold within one part: read few parts at a time."""
+    """How the original servers are requested. The limits apply within one part; two parts are read at a time."""
 
     connections_per_host: int = 2
-    """Requests under way to one server at a time."""
-    threads: int = 8
-    """Requests under way to all servers together."""
+    """Concurrent requests to one server."""
     tries: int = 5
-    """Requests for one image, with growing waits of random length between them, before it is given up."""
-    first_wait_seconds: float = 1.0
-    """The wait after the first failure; it doubles with each."""
+    """Requests for one image, with growing random waits between them, before it is rejected."""
     longest_wait_seconds: float = 300.0
-    """A server that asks (Retry-After) for a longer one ends the part, which may be read again later."""
-    timeout_seconds: float = 60.0
-    """For one image, all of it."""
-    give_up_after: int = 20
-    """Images one after the other that no server answered for: the part ends with an error, to be read again."""
+    """A server that asks for a longer wait (Retry-After) ends the part, which can be read again later."""
     user_agent: str = USER_AGENT
-    """How the requests name themselves; put an address in it where you can be reached."""
-    accept_changed: bool = False
-    """Take files whose size or MD5 is not the release's. By default they are rejected, with both named."""
-    max_bytes: int = 100_000_000
-    """Larger files are not read to their end; they are rejected."""
+    """User-Agent of the requests; include a contact address."""
 
     def __post_init__(self) -> None:
-        for name in ("connections_per_host", "threads", "tries", "give_up_after", "max_bytes"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"flickr.{name} is {getattr(self, name)}: set it to 1 or more")
-        for name in ("first_wait_seconds", "longest_wait_seconds", "timeout_seconds"):
-            if not getattr(self, name) > 0:
-                raise SettingsError(f"flickr.{name} is {getattr(self, name)}: set it above 0")
-        if not self.user_agent.strip():
-            raise SettingsError("flickr.user_agent is empty: servers are told who asks, set a name and an address")
-
-
-@dataclass(frozen=True)
-class FlickrPart:
-    """Some rows of `images.csv`."""
-
-    name: str
-    rows: bytes = field(repr=False)
-    """An Arrow stream of COLUMNS."""
-    images: int
-    bytes: int
-    settings: FlickrSettings
-
-    def __iter__(self) -> Iterator[tuple[str, Payload]]:
-        rows = pa.ipc.open_stream(self.rows).read_all().to_pylist()
-        servers = _Servers(self.settings)
-        in_a_row = 0
-        for row, payload in read_ahead(rows, servers.fetch, self.settings.threads):
-            in_a_row = in_a_row + 1 if isinstance(payload, Unreachable) else 0
-            if in_a_row >= self.settings.give_up_after:
-                raise StorageError(
-                    0,
-                    f"{in_a_row} images one after the other could not be fetched, the last for this reason: "
-                    f"{payload}: check the network, or try again later",
-                )
-            yield row["ImageID"], payload
+        for name in ("connections_per_host", "tries", "longest_wait_seconds"):
+            check_setting(getattr(self, name) >= 1, f"flickr_requests.{name}", getattr(self, name), "1 or more")
 
 
 def flickr_parts(
@@ -100,31 +59,45 @@ def flickr_parts(
     settings: FlickrSettings | None = None,
     per_part: int = 500,
 ) -> list[Part]:
-    """The photos of `images.csv` (V3, or the image lists of V4 to V7) at their original addresses.
+    """The images of `images.csv` (V3, or the image lists of V4 to V7) at their original addresses.
 
     images_csv: CSV with the columns ImageID, OriginalURL, OriginalSize (bytes) and OriginalMD5 (base64), local or
-    in S3. wanted_keys: only these; one that the file has not is given with a FileNotFoundError.
+    in S3. wanted_keys: only these; one that is not in the file yields a FileNotFoundError.
 
-    Given with an exception, and so rejected: photos that are gone (404, 410 and the like, never asked for twice),
-    changed ones, and those that no server answered for in `settings.tries` requests. Raises DataError for a file
-    with other columns; a part raises StorageError where servers are down altogether or ask for a long wait.
+    Yielded as exceptions, and so rejected: images that were removed (404, 410 and the like, never requested twice),
+    changed ones, and those without a response in `settings.tries` requests. Raises DataError for a file with other
+    columns; a part raises StorageError if servers are down or ask for a long wait.
     """
+    check_setting(per_part >= 1, "per_part", per_part, "1 or more")
     settings = settings or FlickrSettings()
     table = _read_rows(images_csv, None if wanted_keys is None else pa.array(sorted(set(wanted_keys)), pa.string()))
-    parts: list[Part] = []
-    for number, start in enumerate(starts(table.num_rows, per_part)):
-        rows = table.slice(start, per_part).combine_chunks()
-        sink = io.BytesIO()
-        with pa.ipc.new_stream(sink, rows.schema) as writer:
-            writer.write_table(rows)
-        mark = mark_of(text for column in rows.columns for text in column.to_pylist())
-        size = sum(_whole_number(text) or 0 for text in rows["OriginalSize"].to_pylist())
-        parts.append(FlickrPart(f"flickr-{number:06d}-{mark}", sink.getvalue(), rows.num_rows, size, settings))
+    parts = []
+    for number, start in enumerate(range(0, table.num_rows, per_part)):
+        part = table.slice(start, per_part).combine_chunks()  # a slice would be pickled with its whole table
+        rows = part.to_pylist()
+        digits = fingerprint(text for row in rows for text in row.values())
+        size = sum(_parse_int(row["OriginalSize"]) or 0 for row in rows)
+        read = partial(_fetch_all, part, settings)
+        parts.append(Part(f"flickr-{number:06d}-{digits}", read, len(rows), size, max_concurrent=2))
     return parts
 
 
+def _fetch_all(rows: pa.Table, settings: FlickrSettings) -> Iterator[tuple[str, Payload]]:
+    client = _Client(settings)
+    consecutive = 0
+    for row, payload in read_concurrently(rows.to_pylist(), client.fetch, _THREADS):
+        consecutive = consecutive + 1 if isinstance(payload, Unreachable) else 0
+        if consecutive >= _GIVE_UP_AFTER:
+            raise StorageError(
+                0,
+                f"{consecutive} consecutive images could not be fetched, the last because of: {payload}: check the "
+                "network, or try again later",
+            )
+        yield row["ImageID"], payload
+
+
 def _read_rows(path: str, wanted: pa.Array | None) -> pa.Table:
-    """COLUMNS of the wanted rows in the file's order, then the wanted keys that it has not, without an address."""
+    """COLUMNS of the wanted rows in the file's order, then the wanted keys that it does not have, without address."""
     schema = pa.schema([(name, pa.string()) for name in COLUMNS])
     batches = []
     try:
@@ -146,20 +119,20 @@ def _read_rows(path: str, wanted: pa.Array | None) -> pa.Table:
                     batches.append(batch)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} is no image list of Open Images ({error}): it needs the columns {', '.join(COLUMNS)}: name "
+            f"{path} is not an image list of Open Images ({error}): it needs the columns {', '.join(COLUMNS)}: use "
             "images.csv of V3, or *-images-with-labels-with-rotation.csv of later releases"
         ) from error
     table = pa.Table.from_batches(batches, schema)
     if wanted is None:
         return table
-    found = pc.call_function("is_in", [wanted], pc.SetLookupOptions(table["ImageID"]))
-    absent = wanted.filter(pc.call_function("invert", [found]))
-    blank = pa.array([""] * len(absent), pa.string())
-    return pa.concat_tables([table, pa.table([absent, blank, blank, blank], schema=schema)])
+    is_listed = pc.call_function("is_in", [wanted], pc.SetLookupOptions(table["ImageID"]))
+    unlisted = wanted.filter(pc.call_function("invert", [is_listed]))
+    blank = pa.repeat("", len(unlisted))
+    return pa.concat_tables([table, pa.table([unlisted, blank, blank, blank], schema=schema)])
 
 
-class _Servers:
-    """The servers that a part asks: how many requests each has, and until when it wants none."""
+class _Client:
+    """Requests images and limits the load of each server: concurrent requests, and pauses that it asks for."""
 
     def __init__(self, settings: FlickrSettings) -> None:
         self._settings = settings
@@ -167,92 +140,87 @@ class _Servers:
         self._slots: dict[str, threading.Semaphore] = defaultdict(
             lambda: threading.Semaphore(settings.connections_per_host)
         )
-        self._closed_until: dict[str, float] = defaultdict(float)
+        self._paused_until: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def _slot(self, host: str) -> Iterator[None]:
         with self._lock:
             slot = self._slots[host]
         with slot:
-            while (wait := self._closed_until[host] - time.monotonic()) > 0:
+            while (wait := self._paused_until[host] - time.monotonic()) > 0:
                 time.sleep(wait)
             yield
 
-    def _close(self, host: str, seconds: float) -> None:
-        """All requests to the server wait, not only the one that was refused."""
+    def _pause(self, host: str, seconds: float) -> None:
+        """Delay all requests to the server, not only the one that was refused."""
         longest = self._settings.longest_wait_seconds
         if seconds > longest:
             raise StorageError(
                 0,
-                f"{host} asks to come back in {seconds:,.0f} s, more than flickr.longest_wait_seconds = {longest:g}: "
+                f"{host} asks to wait {seconds:,.0f} s, more than flickr_requests.longest_wait_seconds = {longest:g}: "
                 "start again later",
             )
         with self._lock:
-            self._closed_until[host] = max(self._closed_until[host], time.monotonic() + seconds)
+            self._paused_until[host] = max(self._paused_until[host], time.monotonic() + seconds)
 
-    def fetch(self, row: dict[str, Any]) -> Payload:
-        """The file of one row, or why there is none."""
+    def fetch(self, row: dict[str, str]) -> Payload:
+        """The file of one row, or why it cannot be fetched."""
         url = row["OriginalURL"]
         if not url:
             return FileNotFoundError(f"{row['ImageID']} is not in the image list, so its address is unknown")
         host = _host_of(url)
         if host is None:
-            return DataError(f"{url!r} is no web address")
-        failure: Unreachable | None = None
-        for attempt in range(self._settings.tries):
-            wait = wait_seconds(attempt, self._settings.first_wait_seconds, self._settings.longest_wait_seconds)
+            return DataError(f"{url!r} is not a web address")
+        tries, failure = self._settings.tries, None
+        for attempt in range(tries):
+            wait = wait_seconds(attempt, _FIRST_WAIT_SECONDS, self._settings.longest_wait_seconds)
             with self._slot(host):
                 try:
-                    found = self._ask(url, row)
+                    return self._request(url, row)
                 except Unreachable as error:
-                    failure, found = error, None
-                if isinstance(found, _Busy):
-                    failure = Unreachable(0, f"{url} answered {found.status}")
-                    self._close(host, max(wait, found.seconds or 0.0))
-            if found is None:
-                time.sleep(wait if attempt < self._settings.tries - 1 else 0.0)
-            elif not isinstance(found, _Busy):
-                return found
-        return Unreachable(0, f"given up after {self._settings.tries} requests: {failure}")
+                    failure = error
+                    if isinstance(error, _Busy):
+                        self._pause(host, max(wait, error.seconds))
+            if attempt < tries - 1:
+                time.sleep(wait)
+        return Unreachable(0, f"no response to {tries} requests: {failure}")
 
-    def _ask(self, url: str, row: dict[str, Any]) -> "Payload | _Busy":
-        settings = self._settings
-        with opened(url, user_agent=settings.user_agent, timeout_seconds=settings.timeout_seconds) as answer:
-            if answer.status in LATER:
-                return _Busy(answer.status, retry_after_seconds(answer))
-            if answer.status != 200:
-                return FileNotFoundError(f"{url} answered {answer.status}: the photo is gone")
-            if _UNAVAILABLE in (answer.geturl() or ""):
-                return FileNotFoundError(f"{url} leads to {answer.geturl()}: the photo is gone")
-            size, md5 = _whole_number(row["OriginalSize"]), row["OriginalMD5"].strip()
-            limit = settings.max_bytes if size is None or settings.accept_changed else min(size, settings.max_bytes)
+    def _request(self, url: str, row: dict[str, str]) -> Payload:
+        with open_url(url, user_agent=self._settings.user_agent, timeout_seconds=_TIMEOUT_SECONDS) as response:
+            if response.status in RETRY_STATUS:
+                raise _Busy(f"{url} answered {response.status}", retry_after_seconds(response) or 0.0)
+            if response.status != 200:
+                return FileNotFoundError(f"{url} answered {response.status}: the image was removed")
+            if _UNAVAILABLE in (response.geturl() or ""):
+                return FileNotFoundError(f"{url} redirects to {response.geturl()}: the image was removed")
+            size, md5 = _parse_int(row["OriginalSize"]), row["OriginalMD5"].strip()
+            limit = MAX_IMAGE_BYTES if size is None else min(size, MAX_IMAGE_BYTES)
             data = bytearray()
-            for piece in pieces(answer, url, settings.timeout_seconds):
-                data += piece
+            for chunk in iter_chunks(response, url, _TIMEOUT_SECONDS):
+                data += chunk
                 if len(data) > limit:
                     break
-        if len(data) > settings.max_bytes:
-            return DataError(f"{url} has more than flickr.max_bytes = {settings.max_bytes:,} bytes")
-        if not settings.accept_changed:
-            if size is not None and len(data) != size:
-                more = "more than " if len(data) > size else ""
-                return DataError(f"{url} has changed: {more}{min(len(data), size):,} bytes, the release says {size:,}")
-            found = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
-            if md5 and found != md5:
-                return DataError(f"{url} has changed: its MD5 is {found}, the release says {md5}")
+        if len(data) > MAX_IMAGE_BYTES:
+            return DataError(f"{url} has more than {MAX_IMAGE_BYTES:,} bytes")
+        if size is not None and len(data) != size:
+            more = "more than " if len(data) > size else ""
+            return DataError(f"{url} has changed: {more}{min(len(data), size):,} bytes, the release has {size:,}")
+        current = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        if md5 and current != md5:
+            return DataError(f"{url} has changed: its MD5 is {current}, the release has {md5}")
         return bytes(data)
 
 
-@dataclass(frozen=True)
-class _Busy:
-    """A server that wants to be asked later."""
+class _Busy(Unreachable):
+    """A server that asks for a later retry."""
 
-    status: int
-    seconds: float | None
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(0, message)
+        self.seconds = seconds
 
 
 def _host_of(url: str) -> str | None:
-    """None for what is no address in the web."""
+    """None if it is not a web address."""
     try:
         address = urlsplit(url)
         return address.hostname if address.scheme in ("http", "https") else None
@@ -260,5 +228,5 @@ def _host_of(url: str) -> str | None:
         return None
 
 
-def _whole_number(text: str) -> int | None:
+def _parse_int(text: str) -> int | None:
     return int(text) if text.strip().isdigit() else None

@@ -1,21 +1,19 @@
-"""Images as files below a folder, local or remote."""
+"""Images as files below a folder, local or remote: all that are listed, or those of the wanted keys."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 from paml import storage
-from paml.errors import DataError
-from paml.sources.fetch import read_ahead, read_object
-from paml.sources.parts import Part, Payload, mark_of, starts
+from paml.errors import DataError, check_setting
+from paml.parsing import safe_join
+from paml.sources.fetch import read_concurrently, read_object
+from paml.sources.parts import ImageRequest, ImageSet, KeyRule, Part, Payload, fingerprint
 
+PER_PART = 2000
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".ppm", ".pgm")
 )
-
-KeyRule = Literal["name", "path"]
-"""`name`: the key is the file name without folders and suffix. `path`: its path below the folder, without suffix."""
 
 
 def key_of(name: str, rule: KeyRule = "name") -> str:
@@ -24,95 +22,114 @@ def key_of(name: str, rule: KeyRule = "name") -> str:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name looks like an image; hidden files (a leading dot) do not."""
+    """Whether a file name has an image suffix and is not hidden (no leading dot)."""
     base = name.rsplit("/", 1)[-1]
     return not base.startswith(".") and os.path.splitext(base)[1].lower() in IMAGE_SUFFIXES
 
 
-@dataclass(frozen=True)
-class FolderPart:
-    """Some files of a folder. Those of a local one are given as paths, those of a bucket are read ahead."""
-
-    name: str
-    folder: str
-    files: tuple[tuple[str, str], ...]
-    """(key, path below the folder) of each."""
-    bytes: int | None
-
-    @property
-    def images(self) -> int:
-        return len(self.files)
-
-    def __iter__(self) -> Iterator[tuple[str, Payload]]:
-        if not storage.is_remote(self.folder):
-            for key, name in self.files:
-                yield key, os.path.join(self.folder, name)
-            return
-        for (key, _), data in read_ahead(self.files, self._read):
-            yield key, data
-
-    def _read(self, file: tuple[str, str]) -> Payload:
-        return read_object(storage.join(self.folder, file[1]))
+def folder_source(request: ImageRequest) -> ImageSet:
+    """List the split's folder; or, if it does not exist and that is allowed, the folder shared by all splits."""
+    if request.shared_folder and not storage.is_remote(request.images) and not os.path.isdir(request.folder):
+        return ImageSet(folder_parts(request.images, keys=request.keys), only_labeled=True)
+    return ImageSet(folder_parts(request.folder, keys=request.keys))
 
 
-def folder_parts(folder: str | os.PathLike[str], per_part: int = 2000, *, keys: KeyRule = "name") -> list[Part]:
+def bucket_source(request: ImageRequest) -> ImageSet:
+    """Read {split}/{key}.jpg of each labeled image, without listing the bucket."""
+    return ImageSet(bucket_parts(request.images, request.table.keys(), request.split), only_labeled=True)
+
+
+def folder_parts(folder: str | os.PathLike[str], per_part: int = PER_PART, *, keys: KeyRule = "name") -> list[Part]:
     """The image files below `folder` (local or `s3://bucket/prefix`, listed once), in parts of `per_part` files.
 
-    Subfolders are included, hidden ones and other files are passed over; the order is that of the names within
-    each folder. Access to a bucket is by the AWS variables, the machine's role, or anonymous without either.
-    Raises DataError where there is no such folder or no image in it, StorageError where it cannot be listed.
+    Includes subfolders, except hidden ones, in the order of the names within each folder. Access to a bucket is by
+    the AWS variables, the machine's role, or anonymous without either. Raises DataError if there is no such folder or
+    no image in it, StorageError if it cannot be listed.
     """
     root = os.fspath(folder)
-    found = list(_images_below(root))
-    if not found:
-        raise DataError(f"{root} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}): name the folder of the images")
-    parts: list[Part] = []
-    for number, start in enumerate(starts(len(found), per_part)):
-        run = found[start : start + per_part]
-        mark = mark_of(f"{name} {size}" for name, size in run)
-        files = tuple((key_of(name, keys), name) for name, _ in run)
-        parts.append(FolderPart(f"files-{number:06d}-{mark}", root, files, sum(size for _, size in run)))
+    images = list(_list_images(root))
+    if not images:
+        raise DataError(f"{root} has no image ({', '.join(sorted(IMAGE_SUFFIXES))}): name the folder of the images")
+    files = [(key_of(name, keys), name) for name, _ in images]
+    return file_parts(root, files, [size for _, size in images], per_part=per_part)
+
+
+def bucket_parts(prefix: str, keys: Iterable[str], split: str, per_part: int = PER_PART) -> list[Part]:
+    """The images `{prefix}/{split}/{key}.jpg` of the wanted keys, in parts of `per_part`, ordered by key.
+
+    prefix: `s3://bucket` or `s3://bucket/folder`, or a local folder; access as in `folder_parts`. A missing key yields
+    a FileNotFoundError; reading raises StorageError if the storage cannot tell. (If a bucket denies listing, S3 reports
+    missing objects as denied: that is such an error.)
+    """
+    files = [(key, f"{key}.jpg") for key in sorted(set(keys))]
+    return file_parts(storage.join(prefix, split), files, per_part=per_part, as_paths=False)
+
+
+def file_parts(
+    folder: str,
+    files: Sequence[tuple[str, str]],
+    sizes: Sequence[int] | None = None,
+    *,
+    per_part: int = PER_PART,
+    as_paths: bool = True,
+) -> list[Part]:
+    """Files given as (key, path below `folder`), without listing the folder. as_paths: yield local files as paths.
+
+    Raises SettingsError for a `per_part` below 1.
+    """
+    check_setting(per_part >= 1, "per_part", per_part, "1 or more")
+    as_paths = as_paths and not storage.is_remote(folder)
+    parts = []
+    for number, start in enumerate(range(0, len(files), per_part)):
+        chunk = tuple(files[start : start + per_part])
+        chunk_sizes = [] if sizes is None else sizes[start : start + per_part]
+        digits = fingerprint(
+            [*([folder] if sizes is None else []), *(name for _, name in chunk), *map(str, chunk_sizes)]
+        )
+        read = partial(_read_files, folder, chunk, as_paths)
+        total = None if sizes is None else sum(chunk_sizes)
+        parts.append(Part(f"files-{number:06d}-{digits}", read, len(chunk), total))
     return parts
 
 
-def file_parts(folder: str, files: Sequence[tuple[str, str]], per_part: int = 2000) -> list[Part]:
-    """Files that are known by name, (key, path below `folder`) each: nothing is listed."""
-    parts: list[Part] = []
-    for number, start in enumerate(starts(len(files), per_part)):
-        run = tuple(files[start : start + per_part])
-        parts.append(FolderPart(f"files-{number:06d}-{mark_of(name for _, name in run)}", folder, run, None))
-    return parts
+def _read_files(folder: str, files: Sequence[tuple[str, str]], as_paths: bool) -> Iterator[tuple[str, Payload]]:
+    if as_paths:
+        yield from ((key, os.path.join(folder, name)) for key, name in files)
+        return
+    for (key, _), payload in read_concurrently(files, partial(_read_file, folder)):
+        yield key, payload
 
 
-def iter_folder(folder: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
-    """(key, path) of each image file below `folder`, as `folder_parts` finds them. Raises DataError."""
-    root = os.fspath(folder)
-    for name, _ in _images_below(root):
-        yield key_of(name), storage.join(root, name)
+def _read_file(folder: str, file: tuple[str, str]) -> Payload:
+    try:
+        path = safe_join(folder, file[1])
+    except ValueError as error:
+        return DataError(str(error))
+    return read_object(path)
 
 
-def _images_below(root: str) -> Iterator[tuple[str, int]]:
+def _list_images(root: str) -> Iterator[tuple[str, int]]:
     """(path below the folder, bytes) of each image file."""
     if storage.is_remote(root):
-        yield from ((name, size) for name, size in storage.list_sizes(root) if is_image(name))
+        yield from ((name, size) for name, size in storage.list_objects(root) if is_image(name))
         return
     if not os.path.isdir(root):
-        raise DataError(f"{root} is not a folder: name the folder that holds the images")
+        raise DataError(f"{root} is not a folder: name the folder of the images")
     yield from _walk(root, "")
 
 
-def _walk(root: str, below: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:
-    """above: device and number of the folders that lead here, so that a link back to one of them is not gone into."""
-    about = os.stat(os.path.join(root, below))
-    if (mark := (about.st_dev, about.st_ino)) in above:
+def _walk(root: str, below: str, parents: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:
+    """parents: device and inode of the folders above, so that a link back to one of them is not followed."""
+    status = os.stat(os.path.join(root, below))
+    if (inode := (status.st_dev, status.st_ino)) in parents:
         return
-    with os.scandir(os.path.join(root, below)) as found:
-        entries = sorted((entry.name, entry) for entry in found)
+    with os.scandir(os.path.join(root, below)) as listing:
+        entries = sorted((entry.name, entry) for entry in listing)
     for name, entry in entries:
         path = f"{below}/{name}" if below else name
         if entry.is_dir():
             if not name.startswith("."):
-                yield from _walk(root, path, (*above, mark))
+                yield from _walk(root, path, (*parents, inode))
         elif is_image(name):
             yield path, _size_of(entry)
 
@@ -120,5 +137,5 @@ def _walk(root: str, below: str, above: tuple[tuple[int, int], ...] = ()) -> Ite
 def _size_of(entry: os.DirEntry[str]) -> int:
     try:
         return entry.stat().st_size
-    except FileNotFoundError:  # a link that leads nowhere: whoever reads it reports it
+    except FileNotFoundError:  # a dangling link, which is reported when it is read
         return 0

@@ -1,59 +1,83 @@
-"""A source of images is a list of parts: pieces that can be read anywhere, in any order, again after a failure.
+"""A source of images is a function that returns parts: pieces that can be read anywhere, in any order, repeatedly.
 
-What a part cannot read for good (a key that the bucket has not, a damaged file, a dead link) it gives as an
-exception in the image's place, so that it ends among the rejects with its reason. What may go well next time
-(storage that does not answer, a denied bucket) it raises, so that the part is read again.
+If an image cannot be read at all (a key that is not in the bucket, a damaged file, a dead link), a part yields an
+exception in its place, which ends up among the rejects with its reason. Errors that a retry may fix (storage that
+does not respond, a denied bucket) are raised, so the part is read again.
 """
 
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
+from paml import storage
+from paml.labels.table import LabelTable
+
+KeyRule = Literal["name", "path"]
+"""`name`: the key is the file name without folders and suffix. `path`: its path below the folder, without suffix."""
 Payload = bytes | str | os.PathLike[str] | Exception
-"""An image's bytes, or the path of its file (local or remote), or why the source could not read it."""
-
-
+"""An image's bytes, the path of its file (local or remote), or why the source could not read it."""
 MAX_IMAGE_BYTES = 1 << 28
-"""An image's file may have so many bytes, so that one cannot use up the memory; larger ones are rejected unread."""
+"""Larger image files are rejected unread, so that one cannot exhaust the memory."""
 
 
-class Part(Protocol):
-    """Some images of a source. Small when pickled, since it travels to the task that reads it."""
+@dataclass(frozen=True)
+class Part:
+    """Some images of a source. Small when pickled, because it is sent to the task that reads it."""
 
-    @property
-    def name(self) -> str:
-        """Unique within the source and the same in every run: finished work is found again by it.
+    name: str
+    """Unique within the source and the same in every run: completed work is identified by it.
 
-        It changes with what the part is to read (files and their sizes, wanted keys), not with their content.
-        """
-        ...
-
-    @property
-    def images(self) -> int | None:
-        """How many it gives, where that is known without reading it."""
-        ...
-
-    @property
-    def bytes(self) -> int | None:
-        """Bytes to be read, where known."""
-        ...
+    It depends on what the part is to read (files and their sizes, wanted keys), not on their content."""
+    read: Callable[[], Iterator[tuple[str, Payload]]]
+    """Returns (key, payload) of each image, always in the same order. Raises StorageError."""
+    images: int | None = None
+    """The number of images, if known without reading."""
+    bytes: int | None = None
+    """The number of bytes to read, if known."""
+    max_concurrent: int | None = None
+    """The number of parts with this limit that may be read at a time."""
+    read_once: bool = False
+    """Whether `read` cannot be called again."""
 
     def __iter__(self) -> Iterator[tuple[str, Payload]]:
-        """(key, payload) of each image, in an order that is the same each time. Raises StorageError."""
-        ...
+        return self.read()
 
 
-def starts(count: int, per_part: int) -> range:
-    """Where each part of `per_part` of `count` images begins. Raises ValueError for empty parts."""
-    if per_part < 1:
-        raise ValueError(f"per_part is {per_part}; a part holds at least 1 image: set 2000")
-    return range(0, count, per_part)
+@dataclass(frozen=True, kw_only=True)
+class ImageRequest:
+    """What a source is asked for: the images of one split."""
+
+    images: str
+    """Folder or s3://bucket/prefix of the images of all splits."""
+    split: str
+    table: LabelTable
+    """The labels of the split."""
+    keys: KeyRule = "name"
+    shared_folder: bool = False
+    """Images may be in one folder for all splits; the label table then decides which belong to the split."""
+
+    @property
+    def folder(self) -> str:
+        """The folder of the split."""
+        return storage.join(self.images, self.split)
 
 
-def mark_of(texts: Iterable[str]) -> str:
-    """12 hex digits that tell one list of texts from another."""
+@dataclass(frozen=True)
+class ImageSet:
+    """What a source returns."""
+
+    parts: list[Part]
+    only_labeled: bool = False
+    """Whether images without a label are left out."""
+    count: Callable[[], int] | None = None
+    """Counts or estimates the images, if the parts do not know their number."""
+
+
+def fingerprint(texts: Iterable[str]) -> str:
+    """12 hex digits that identify a list of texts."""
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 

@@ -1,264 +1,175 @@
-"""Follows a journal and keeps MLflow's view of it up to date, in the background or in one go."""
+"""Delivers a run's journal to a tracker in a thread."""
 
-from __future__ import annotations
-
-import os
 import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from paml import storage
-from paml.secrets import without_keys
-from paml.tracking.journal import (
-    END_STATUSES,
-    Event,
-    Journal,
-    JournalError,
-    JournalReader,
-    describe_unreadable,
-)
-from paml.tracking.view import MlflowView, default_tracking_uri, read_memory, reason
+from paml.redact import redact_credentials
+from paml.runs.journal import END_STATUSES, Event, JournalReader, describe_unreadable, latest
+from paml.tracking.sink import Sink
 
-_LONGEST_WAIT_S = 60.0
-_REPLAY_ATTEMPTS = 3
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+_LONGEST_PAUSE_S = 60.0
+_EVENTS_PER_PUSH = 2000
+_REASONS = {
+    "Connection refused": "connection refused",
+    "timed out": "no answer in time",
+    "timeout": "no answer in time",
+    "NameResolution": "host name not found",
+    "RemoteDisconnected": "connection closed",
+    "500 error responses": "server error",
+}
 
 
-class MlflowFollower:
-    """A thread of the driver that follows the journal of a run and sends what is new to MLflow.
+def log_to_stderr(line: str) -> None:
+    """Print a line about tracking."""
+    print(f"paml: {line}", file=sys.stderr, flush=True)
 
-    Training never waits for it: a server that is down or hangs costs the thread bounded time-outs, then a
-    growing pause of at most a minute. One line says that the server is away and one that it is back.
+
+def sync_command(run_folder: str, tracker: str, uri: str | None = None) -> str:
+    """The command that sends a run's journal to a tracker; `uri` without credentials."""
+    where = ["--tracking_uri", uri] if uri else []
+    return shlex.join(["paml", "sync", run_folder, *where, "--tracker", tracker])
+
+
+class Follower:
+    """A thread that delivers new events of a run's journal to a sink.
+
+    Training never waits for it. If the tracker is down or hangs, the thread waits for bounded time-outs and pauses of
+    up to a minute. It logs one line when the tracker becomes unreachable and one when it is back.
     """
 
     def __init__(
         self,
         run_folder: str,
-        tracking_uri: str | None = None,
+        sink: Sink,
+        name: str,
         *,
-        storage_root: str | None = None,
         poll_s: float = 2.0,
-        request_timeout_s: int = 5,
-        say: Callable[[str], None] = _say,
-    ):
-        """`tracking_uri`: default MLFLOW_TRACKING_URI, else SQLite in `storage_root`."""
-        self.run_folder = str(run_folder)
-        self.tracking_uri = tracking_uri or default_tracking_uri(storage_root)
-        self._shown_uri = without_keys(self.tracking_uri)
-        self._say = say
-        self._poll_s = poll_s
-        self._request_timeout_s = request_timeout_s
-        self._stop = threading.Event()
-        self._caught_up = threading.Event()
+        log: Callable[[str], None] = log_to_stderr,
+    ) -> None:
+        self.sink = sink
+        self.attached = False
+        """Whether the tracker has been reached."""
+        self._run_folder, self._name, self._poll_s, self._log = run_folder, name, poll_s, log
+        self._stop, self._caught_up = threading.Event(), False
         self._pending: list[Event] = []
-        self._sent = 0
-        self._view: MlflowView | None = None
-        self._drain_until = float("inf")
-        self._thread = threading.Thread(target=self._follow, name="mlflow-follower", daemon=True)
-        if self.tracking_uri is None:
-            say(
-                "paml: no MLflow server is set and the run's storage is not a local disk, so nothing is sent "
-                f"to MLflow. Set MLFLOW_TRACKING_URI, or send it later: {refill_command(self.run_folder)}"
-            )
-        else:
-            self._thread.start()
-
-    @property
-    def run_id(self) -> str | None:
-        """MLflow's id of the run, once the server has been reached."""
-        return self._view.run_id if self._view else None
+        self._delivered = 0
+        self._deadline = float("inf")
+        self._thread = threading.Thread(target=self._follow, name=f"{name}-follower", daemon=True)
+        self._thread.start()
 
     def close(self, timeout: float = 30.0) -> int:
-        """Sends what is left, for at most `timeout` seconds; returns how many events are left.
+        """Deliver what is left, within `timeout` seconds; returns the number of events that could not be delivered.
 
-        Where some are left, one line says so and names the command that sends them.
+        If there are any, one line names the command that sends them.
         """
-        if self.tracking_uri is None:
-            return 0
-        self._drain_until = time.monotonic() + timeout
+        self._deadline = time.monotonic() + timeout
         self._stop.set()
         self._thread.join(timeout)
-        if not self._thread.is_alive() and self._caught_up.is_set():
+        if not self._thread.is_alive() and self._caught_up:
             return 0
-        left = self._count_left()
+        try:
+            left = len(JournalReader(self._run_folder).poll()) - self._delivered
+        except OSError:
+            left = len(self._pending)
         if left:
-            self._say(
-                f"paml: {left} events of the journal are not in MLflow ({self._shown_uri}). Send them with "
-                f"{refill_command(self.run_folder, self.tracking_uri)}"
-            )
+            where = self.sink.destination
+            command = sync_command(self._run_folder, self._name, where)
+            self._log(f"{left} events of the journal are not in {self._name} ({where}). Send them: {command}")
         return left
 
-    def _count_left(self) -> int:
-        try:
-            return len(JournalReader(self.run_folder).poll()) - self._sent
-        except OSError:
-            return len(self._pending)
-
     def _follow(self) -> None:
-        reader = JournalReader(self.run_folder)
-        view = self._view = MlflowView(
-            self.run_folder, self.tracking_uri or "", request_timeout_s=self._request_timeout_s
-        )
-        attached, away, failures, named, refused = False, False, 0, 0, 0
+        reader, tracker = JournalReader(self._run_folder), f"{self._name} at {self.sink.destination}"
+        failures = unreadable = refused = 0
         while True:
             stopping = self._stop.is_set()
             try:
                 self._pending = self._pending + reader.poll()
-                self._caught_up.clear()
-                if len(reader.unreadable) > named:
-                    named = len(reader.unreadable)
-                    self._say(f"paml: {describe_unreadable(reader.unreadable)}")
+                if len(reader.unreadable) > unreadable:
+                    unreadable = len(reader.unreadable)
+                    self._log(describe_unreadable(reader.unreadable))
                 if self._pending and reader.identity is not None:
-                    if not attached:
-                        view.attach(reader.identity)
-                        attached = True
-                    sent = len(self._pending)
-                    view.push(self._pending)
-                    self._pending = []
-                    self._sent += sent
-                    if away:
-                        self._say(f"paml: MLflow at {self._shown_uri} is back; {sent} events sent")
-                        away = False
-                    if len(view.refused) > refused:
-                        refused = len(view.refused)
-                        self._say(f"paml: MLflow refuses {refused} event(s), the last: {view.refused[-1]}")
-                failures = 0
-                if not self._pending:
-                    self._caught_up.set()
+                    if failures or not self.attached:
+                        self.sink.attach(reader.identity)
+                        self.attached = True
+                    deliver(self.sink, self._pending)
+                    count, self._pending = len(self._pending), []
+                    self._delivered += count
+                    if failures > 1:
+                        self._log(f"{tracker} is back; {count} events sent")
+                    if len(self.sink.refused) > refused:
+                        refused = len(self.sink.refused)
+                        self._log(f"{self._name} refuses {refused} event(s), the last: {self.sink.refused[-1]}")
+                failures, self._caught_up = 0, not self._pending
                 if stopping:
                     return
             except Exception as error:
-                attached = False
-                failures += 1
-                # The first failure may be a kept connection that a healthy server has closed.
-                if not away and failures > 1:
-                    away = True
-                    self._say(
-                        f"paml: MLflow at {self._shown_uri} is away ({reason(error)}); training goes on, "
-                        "the journal keeps all figures and they are sent when it is back"
+                failures, self._caught_up = failures + 1, False
+                # The first failure may be a kept-alive connection that a healthy server has closed.
+                if failures == 2:
+                    self._log(
+                        f"{tracker} is unreachable ({short_reason(error)}); training continues, and the journal is "
+                        "sent when it is back"
                     )
-            wait = self._poll_s if failures < 2 else min(self._poll_s * 2 ** (failures - 1), _LONGEST_WAIT_S)
+            pause = min(self._poll_s * 2 ** min(max(0, failures - 1), 10), _LONGEST_PAUSE_S)
             if not stopping:
-                self._stop.wait(wait)
-            elif time.monotonic() < self._drain_until:
-                time.sleep(min(wait, 1.0, max(0.0, self._drain_until - time.monotonic())))
+                self._stop.wait(pause)
+            elif time.monotonic() < self._deadline:
+                time.sleep(min(pause, 1.0, max(0.0, self._deadline - time.monotonic())))
             else:
                 return
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReplayReport:
-    """What a replay did."""
+def deliver(
+    sink: Sink, events: Sequence[Event], progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Send events. An end status goes last, so a run that a tracker shows as ended is complete."""
+    statuses = [event for event in events if event.kind == "status"]
+    others = [event for event in latest(events) if event.kind != "status"]
+    ended = bool(statuses) and statuses[-1].value in END_STATUSES
+    if statuses and not ended:
+        others.append(statuses[-1])
+    for start in range(0, len(others), _EVENTS_PER_PUSH):
+        sink.push(others[start : start + _EVENTS_PER_PUSH])
+        progress(min(start + _EVENTS_PER_PUSH, len(others)), len(others))
+    if ended:
+        sink.finish(statuses[-1].value, statuses[-1].time_ms)
 
-    run_id: str
-    """MLflow's id of the run."""
-    tracking_uri: str
+
+@dataclass(frozen=True, kw_only=True)
+class SyncReport:
+    """What a sync did."""
+
+    sink: Sink
     events: int
-    """Events of the journal, all of them in MLflow now but the refused."""
-    refused: tuple[str, ...]
-    """What the server will never take, each with its reason."""
+    """Events of the journal; the tracker now has all but the refused ones."""
     unreadable: dict[str, str]
-    """Segments of the journal that cannot be read -> reason."""
+    """Journal segments that cannot be read, with the reason."""
     status: str
-    """The run's status in MLflow."""
+    """The run's status in the tracker."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the tracker now has the whole journal."""
+        return not self.sink.refused and not self.unreadable
 
     def __str__(self) -> str:
-        shown = without_keys(self.tracking_uri)
-        lines = [f"{self.events} events are in MLflow ({shown}), run {self.run_id}: {self.status}"]
+        lines = [f"{self.events} events sent: {self.sink.link()}, {self.status}"]
         if self.status == "RUNNING":
-            lines.append("the journal has no end: if the run is dead, say so with --status KILLED")
-        if self.refused:
-            lines.append(f"refused: {len(self.refused)}, the last: {self.refused[-1]}")
+            lines.append("the journal has no end status: if the run is dead, add --status KILLED")
+        if self.sink.refused:
+            lines.append(f"refused: {len(self.sink.refused)}, the last: {self.sink.refused[-1]}")
         if self.unreadable:
             lines.append(describe_unreadable(self.unreadable))
         return "\n".join(lines)
 
 
-def replay(
-    run_folder: str,
-    tracking_uri: str | None = None,
-    *,
-    status: str | None = None,
-    request_timeout_s: int = 30,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> ReplayReport:
-    """Sends to MLflow whatever of a run's journal it does not hold; nothing is doubled.
-
-    `status` ends a run whose driver was killed before it could: it is written to the journal, timed by the
-    last event. Without `tracking_uri`: MLFLOW_TRACKING_URI, else the store that the run was last sent to, else
-    SQLite in the folder that holds the run.
-
-    Raises JournalError where there is no journal or `status` contradicts it, ValueError without a store, and
-    what MLflow raises where the server fails.
-    """
-    run_folder = str(run_folder).rstrip("/")
-    uri = tracking_uri or _usual_uri(run_folder)
-    if uri is None:
-        raise ValueError(f"{run_folder} is not on a local disk: name the server by --tracking-uri")
-    reader = JournalReader(run_folder)
-    events = reader.poll()
-    if not events:
-        raise JournalError(f"no journal in {run_folder}: it has no readable events under {run_folder}/journal")
-    ends = [event.value for event in events if event.kind == "status"]
-    end = ends[-1] if ends and ends[-1] in END_STATUSES else None
-    if status is not None and status not in END_STATUSES:
-        raise JournalError(f"status {status!r}: allowed are {', '.join(END_STATUSES)}")
-    if status is not None and end is not None and end != status:
-        raise JournalError(f"the journal of {run_folder} ends with {end}; --status is for a run without an end")
-    if status is not None and end is None:
-        Journal(run_folder, "replay").status(status, max(event.time_ms for event in events))
-        events += reader.poll()
-    name = storage.join(run_folder).rstrip("/").rpartition("/")[2]
-    first = events[0]
-    identity = reader.identity or Event(
-        kind="run", time_ms=first.time_ms, key=f"unopened.{name}", value={"experiment": "paml", "name": name}
-    )
-    view = MlflowView(run_folder, uri, request_timeout_s=request_timeout_s)
-    for attempt in range(_REPLAY_ATTEMPTS):
-        try:
-            view.refused.clear()
-            view.attach(identity)
-            view.push(events, _counter(len(events), progress))
-            break
-        except Exception:
-            if attempt == _REPLAY_ATTEMPTS - 1:
-                raise
-            time.sleep(1.0)
-    return ReplayReport(
-        run_id=view.run_id or "",
-        tracking_uri=uri,
-        events=len(events),
-        refused=tuple(view.refused),
-        unreadable=dict(reader.unreadable),
-        status=status or end or "RUNNING",
-    )
-
-
-def _usual_uri(run_folder: str) -> str | None:
-    used = list(read_memory(run_folder))
-    if used and not os.environ.get("MLFLOW_TRACKING_URI"):
-        return used[-1]
-    return default_tracking_uri(run_folder.rpartition("/")[0] or ".")
-
-
-def _counter(total: int, progress: Callable[[int, int], None]) -> Callable[[int], None]:
-    done = 0
-
-    def count(number: int) -> None:
-        nonlocal done
-        done += number
-        progress(done, total)
-
-    return count
-
-
-def refill_command(run_folder: str, tracking_uri: str = "URI") -> str:
-    """The command that sends a run's journal to MLflow. A user and password are left to MLflow's variables."""
-    tracking_uri = without_keys(tracking_uri)
-    return f"python -m paml.tracking {shlex.quote(run_folder)} --tracking-uri {shlex.quote(tracking_uri)}"
+def short_reason(error: BaseException) -> str:
+    """Why a tracker failed, in a few words and without credentials."""
+    for sign, words in _REASONS.items():
+        if sign in str(error):
+            return words
+    return redact_credentials(f"{type(error).__name__}: {error}".splitlines()[0])[:200]

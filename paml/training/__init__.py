@@ -1,1 +1,1 @@
-"""Training in one process: the step, the loop, its state and its checkpoints. No Ray in here."""
+"""Training in one process: step, loop, state and checkpoints. Nothing here uses Ray."""

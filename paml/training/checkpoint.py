@@ -1,7 +1,7 @@
-"""Checkpoints: whole or absent, on local disk or S3, with nothing unpickled.
+"""Checkpoints that are either complete or ignored, on local disk or S3, without pickle.
 
-`<run>/checkpoints/step-000001234/` holds safetensors and one JSON file; COMMIT, written last, lists the size and
-SHA-256 of each, and a folder without a COMMIT that agrees with its files does not count (S3 has no rename).
+`<run>/checkpoints/step-000001234/` contains safetensors files and facts.json. COMMIT is written last, since S3 has no
+rename. It lists the size and SHA-256 of each file; a folder without a matching COMMIT is ignored.
 """
 
 import dataclasses
@@ -15,60 +15,59 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from paml import storage
-from paml.errors import CheckpointError, SettingsError
-from paml.reading import parse_object, reading
+from paml.errors import CheckpointError, check_setting
+from paml.parsing import parse_errors_as, parse_json_object
 
 SCHEMA_VERSION = 1
 _NAME = re.compile(r"step-(\d{9})", re.ASCII)
 _FILE = re.compile(r"facts\.json|\w+\.safetensors", re.ASCII)
-_MEND = "remove that folder, so that the checkpoint before it is taken"
+_HINT = "remove that folder to use the checkpoint before it"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """When checkpoints are written and which are kept. One is always written at the end of an epoch."""
+    """When checkpoints are written and how many are retained. One is written after every epoch."""
 
     every_steps: int | None = None
-    """Also after every so many steps of the optimiser within an epoch; null for epochs alone."""
+    """Also write a checkpoint every N optimizer steps; null writes them after epochs only."""
     keep: int | None = 2
-    """Newest checkpoints kept, beside those of the best epochs; null keeps all."""
+    """Number of latest checkpoints to retain, in addition to those of the best epochs; null retains all."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"checkpoint.{name} is {value}; it must be at least 1, or null")
+            check_setting(value is None or value >= 1, f"checkpoint.{name}", value, "1 or more, or null")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a step left: named groups of tensors, and facts that JSON can hold."""
+    """The state of a run after a step: tensors by group and name, and facts for JSON."""
 
     tensors: dict[str, dict[str, torch.Tensor]]
     facts: dict[str, Any]
 
 
-class OtherSchemaError(CheckpointError):
-    """A checkpoint of another version of paml: whole, but not for this one to read."""
+class SchemaVersionError(CheckpointError):
+    """A checkpoint that another version of paml wrote in a format that this one cannot read."""
 
 
-def _folder(run_folder: str) -> str:
-    return storage.join(run_folder, "checkpoints")
+def _folder(run_folder: str, name: str = "") -> str:
+    return storage.join(run_folder, "checkpoints", name)
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder's name for a count of optimiser steps."""
+    """The folder name of the checkpoint after `step` optimizer steps."""
     return f"step-{step:09d}"
 
 
 def write_checkpoint(run_folder: str, step: int, checkpoint: Checkpoint) -> str:
-    """Write all files, then COMMIT; returns the folder's name. A folder left without COMMIT is written anew."""
+    """Write all files, then COMMIT. Returns the folder name. Replaces an incomplete folder of the same step."""
     name = checkpoint_name(step)
-    folder = storage.join(_folder(run_folder), name)
+    folder = _folder(run_folder, name)
     if storage.exists(storage.join(folder, "COMMIT")):
         try:
             read_checkpoint(run_folder, name)
-            return name  # the same step of the same run computes the same bits
+            return name  # the same step of the same run has the same content
         except CheckpointError:
             _remove(folder)
     files = {
@@ -85,91 +84,86 @@ def write_checkpoint(run_folder: str, step: int, checkpoint: Checkpoint) -> str:
 
 
 def read_checkpoint(run_folder: str, name: str, groups: tuple[str, ...] | None = None) -> Checkpoint:
-    """Read and verify; `groups` limits which tensors are read (None: all).
+    """Read and verify a checkpoint; `groups` selects tensors (None: all).
 
-    Raises CheckpointError where COMMIT is absent, a file differs in size or digest, or is no safetensors or JSON at
-    all, OtherSchemaError where another version of paml wrote it.
+    Raises CheckpointError if COMMIT is missing or a file is damaged, SchemaVersionError if another version of paml
+    wrote the checkpoint.
     """
     if not _NAME.fullmatch(name):
-        raise CheckpointError(f"{name!r} is no checkpoint's name, which is step- and nine digits")
-    folder = storage.join(_folder(run_folder), name)
+        raise CheckpointError(f"{name!r} is not a checkpoint name: use step- and nine digits")
+    folder = _folder(run_folder, name)
     try:
-        listed = storage.read_bytes(storage.join(folder, "COMMIT"))
+        commit_bytes = storage.read_bytes(storage.join(folder, "COMMIT"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no COMMIT: it was never finished") from error
-    with reading(f"{folder}/COMMIT", _MEND, CheckpointError):
-        commit = parse_object(listed)
+        raise CheckpointError(f"{folder} has no COMMIT: it was not written to the end") from error
+    with parse_errors_as(f"{folder}/COMMIT", _HINT, CheckpointError):
+        commit = parse_json_object(commit_bytes)
         version = commit["schema_version"]
         files = {file: (fact["size"], fact["sha256"]) for file, fact in commit["files"].items()}
     if version != SCHEMA_VERSION:
-        raise OtherSchemaError(
-            f"{folder} has schema version {version}, this paml reads {SCHEMA_VERSION}: go on with the paml that wrote "
-            "it, or begin a run of another run.name"
+        raise SchemaVersionError(
+            f"{folder} has schema version {version}, but this version of paml reads {SCHEMA_VERSION}: resume with the "
+            "version that wrote it, or set another run.name"
         )
-    other = [file for file in files if not _FILE.fullmatch(file)]
-    if other:
-        raise CheckpointError(f"{folder}/COMMIT is damaged: it lists {other[0]!r}, which is no file of a checkpoint")
+    unknown = [file for file in files if not _FILE.fullmatch(file)]
+    if unknown:
+        raise CheckpointError(f"{folder}/COMMIT is damaged: {unknown[0]!r} is not a file name of a checkpoint")
     contents: dict[str, bytes] = {}
     for file, (size, sha256) in files.items():
-        group = file.removesuffix(".safetensors")
-        if file != "facts.json" and groups is not None and group not in groups:
+        if file != "facts.json" and groups is not None and file.removesuffix(".safetensors") not in groups:
             continue
         try:
             data = storage.read_bytes(storage.join(folder, file))
         except FileNotFoundError as error:
             raise CheckpointError(f"{folder}/{file} is missing") from error
-        if len(data) != size:
-            raise CheckpointError(f"{folder}/{file} is damaged: it has {len(data)} bytes, written were {size}")
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise CheckpointError(f"{folder}/{file} is damaged: its SHA-256 differs from that of what was written")
+        if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
+            raise CheckpointError(f"{folder}/{file} is damaged: its size or SHA-256 differs from the one in COMMIT")
         contents[file] = data
-    if "facts.json" not in contents:
-        raise CheckpointError(f"{folder}/COMMIT is damaged: it does not list facts.json")
-    with reading(f"{folder}/facts.json", _MEND, CheckpointError):
-        facts = parse_object(contents.pop("facts.json"))
+    with parse_errors_as(f"{folder}/facts.json", _HINT, CheckpointError):
+        facts = parse_json_object(contents.pop("facts.json"))
     tensors = {}
     for file, data in contents.items():
-        with reading(f"{folder}/{file}", _MEND, CheckpointError, (SafetensorError,)):
+        with parse_errors_as(f"{folder}/{file}", _HINT, CheckpointError, (SafetensorError,)):
             tensors[file.removesuffix(".safetensors")] = load(data)
     return Checkpoint(tensors, facts)
 
 
-def committed(run_folder: str) -> list[str]:
+def list_checkpoints(run_folder: str) -> list[str]:
     """Names of the folders that have a COMMIT, oldest first."""
     files = storage.list_files(_folder(run_folder))
     return sorted(name for name in {f.split("/")[0] for f in files if f.endswith("/COMMIT")} if _NAME.fullmatch(name))
 
 
 def newest_checkpoint(run_folder: str) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint (None where there is none) and what was wrong with newer ones.
+    """The newest intact checkpoint, or None, and the problems of newer ones.
 
-    Raises OtherSchemaError rather than pass over what another paml wrote: that would begin the run anew.
+    Raises SchemaVersionError instead of skipping checkpoints of another version, which would restart the run.
     """
-    faults: list[str] = []
-    for name in reversed(committed(run_folder)):
+    problems: list[str] = []
+    for name in reversed(list_checkpoints(run_folder)):
         try:
-            return read_checkpoint(run_folder, name), faults
-        except OtherSchemaError:
+            return read_checkpoint(run_folder, name), problems
+        except SchemaVersionError:
             raise
         except CheckpointError as error:
-            faults.append(str(error))
-    return None, faults
+            problems.append(str(error))
+    return None, problems
 
 
-def tidy(run_folder: str, *, newest: str, keep: int | None, also: set[str]) -> None:
-    """Remove all but the `keep` checkpoints up to `newest` and those named in `also`, and any never finished.
+def prune_checkpoints(run_folder: str, *, newest: str, keep: int | None, also_keep: set[str]) -> None:
+    """Remove all but the last `keep` checkpoints up to `newest`, which was just written, and those in `also_keep`.
 
-    One after `newest`, which was just written, was found damaged when the run was taken up: it goes too.
+    Checkpoints after `newest` were damaged when the run was resumed; they and incomplete ones are removed too.
     """
-    whole = [name for name in committed(run_folder) if name <= newest]
-    kept = set(whole if keep is None else whole[-keep:]) | also
-    found = {file.split("/")[0] for file in storage.list_files(_folder(run_folder))}
-    for name in sorted(found - kept):
+    complete = [name for name in list_checkpoints(run_folder) if name <= newest]
+    retained = set(complete if keep is None else complete[-keep:]) | also_keep
+    present = {file.split("/")[0] for file in storage.list_files(_folder(run_folder))}
+    for name in sorted(present - retained):
         if _NAME.fullmatch(name):
-            _remove(storage.join(_folder(run_folder), name))
+            _remove(_folder(run_folder, name))
 
 
 def _remove(folder: str) -> None:
-    """COMMIT first, so that a removal cut short leaves nothing that looks whole."""
+    """Delete COMMIT first, so that an interrupted removal leaves no checkpoint that looks complete."""
     storage.delete(storage.join(folder, "COMMIT"))
     storage.delete_folder(folder)

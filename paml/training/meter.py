@@ -1,6 +1,6 @@
-"""Where a worker's time goes, and where it stands: for whoever watches, and for its log lines.
+"""Where the time of a worker goes, and the position of this process in the run, for log lines.
 
-The loop measures and Ray's exporter (`paml.distributed.metrics`) publishes; neither waits for a device.
+The loop measures; `paml.distributed.metrics` publishes the numbers through Ray. Neither waits for a device.
 """
 
 import contextlib
@@ -17,91 +17,91 @@ T = TypeVar("T")
 
 @dataclasses.dataclass
 class Usage:
-    """What a worker has used and done since it was counted last; sums, so that a reader may divide them."""
+    """Time and data used by a worker since some earlier moment."""
 
     images: int = 0
     seconds: float = 0.0
-    """Of training, the waits and checkpoints below included; scoring is not in it."""
+    """Training time with the two below; evaluation is not included."""
     waited_seconds: float = 0.0
-    """For batches that were not ready."""
+    """Time spent waiting for batches."""
     checkpoint_seconds: float = 0.0
-    """In which the step stood still for a checkpoint."""
+    """Time spent writing checkpoints."""
     checkpoints: int = 0
     traffic: Traffic = dataclasses.field(default_factory=Traffic)
 
     def add(self, other: "Usage") -> None:
-        """Count what `other` holds, too."""
+        """Add `other` to this one."""
         for name in ("images", "seconds", "waited_seconds", "checkpoint_seconds", "checkpoints"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.traffic.add(other.traffic)
 
 
 class Meter:
-    """A worker's clock. This one only adds up an epoch; `publish` is for those that show it to others."""
+    """Measures a worker's usage per epoch. Subclasses override `publish` and `epoch_metrics` to export it."""
 
     def __init__(self) -> None:
-        self._epoch, self._since = Usage(), Usage()
-        self._published = self._ticked = time.monotonic()
+        self._epoch, self._unpublished = Usage(), Usage()
+        self._published = self._last_tick = time.monotonic()
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches, with the time noted that each kept the step waiting."""
-        self._ticked = time.monotonic()
+        """Iterate over the batches and measure how long each is waited for."""
+        self._last_tick = time.monotonic()
         source = iter(batches)
         while True:
-            begun = time.monotonic()
+            started = time.monotonic()
             try:
                 batch = next(source)
             except StopIteration:
                 return
             finally:
-                self._since.waited_seconds += time.monotonic() - begun
+                self._unpublished.waited_seconds += time.monotonic() - started
             yield batch
 
     def step(self, images: int, traffic: Traffic) -> None:
-        """A step over so many images of this worker is done; `traffic` is what it took from the bucket."""
-        self._since.images += images
-        self._since.traffic.add(traffic)
+        """Count a finished step over `images` images of this worker, and the traffic since the last call."""
+        self._unpublished.images += images
+        self._unpublished.traffic.add(traffic)
         self._tick()
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[None]:
-        """Around the making of a checkpoint."""
-        begun = self._ticked = time.monotonic()
+        """Measure the writing of a checkpoint."""
+        started = self._last_tick = time.monotonic()
         yield
-        self._since.checkpoint_seconds += time.monotonic() - begun
-        self._since.checkpoints += 1
+        self._unpublished.checkpoint_seconds += time.monotonic() - started
+        self._unpublished.checkpoints += 1
         self._tick()
         self._flush()
 
     def end_epoch(self) -> Usage:
-        """What was used since the last call."""
+        """The usage since the last call."""
         self._flush()
-        used, self._epoch = self._epoch, Usage()
-        return used
+        usage, self._epoch = self._epoch, Usage()
+        return usage
 
-    def figures(self, figures: dict[str, float]) -> None:
-        """An epoch's figures over all workers, in MLflow's names; told to the first worker's meter alone."""
+    def epoch_metrics(self, metrics: dict[str, float]) -> None:
+        """Export an epoch's metrics over all workers. Called on the first worker."""
 
-    def publish(self, used: Usage) -> None:
-        """Show what was used since the last call: at most once a second, and at the end of an epoch."""
+    def publish(self, usage: Usage) -> None:
+        """Export the usage since the last call. Called at most once a second, and at the end of an epoch."""
 
     def _tick(self) -> None:
         now = time.monotonic()
-        self._since.seconds += now - self._ticked
-        self._ticked = now
+        self._unpublished.seconds += now - self._last_tick
+        self._last_tick = now
         if now - self._published >= 1:
             self._flush()
 
     def _flush(self) -> None:
-        used, self._since = self._since, Usage()
+        usage, self._unpublished = self._unpublished, Usage()
         self._published = time.monotonic()
-        self._epoch.add(used)
-        self.publish(used)
+        self._epoch.add(usage)
+        self.publish(usage)
 
 
 @dataclasses.dataclass
-class Place:
-    """Where this process stands in which run."""
+class RunPosition:
+    """The run that a process works on, and its progress."""
 
     run: str = ""
     rank: int = 0
@@ -112,22 +112,22 @@ class Place:
         return f"run {self.run} rank {self.rank} epoch {self.epoch} step {self.step}" if self.run else "no run"
 
 
-PLACE = Place()
-"""Of this process, which trains one run at a time. The loop keeps it."""
+POSITION = RunPosition()
+"""Position of this process, which trains one run at a time. Updated by the loop."""
 
 
-class PlacedFormatter(logging.Formatter):
-    """Log lines that say where they come from: `warning [run first rank 3 epoch 2 step 118] paml.s3: …`."""
+class PositionFormatter(logging.Formatter):
+    """Adds the position to log lines: `warning [run first rank 3 epoch 2 step 118] paml.storage.s3: …`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, with its traceback where it has one."""
-        return f"{record.levelname.lower()} [{PLACE}] {record.name}: {super().format(record).strip()}"
+        """The line, with the traceback if there is one."""
+        return f"{record.levelname.lower()} [{POSITION}] {record.name}: {super().format(record).strip()}"
 
 
-def say_places() -> None:
-    """Put the place before the warnings of a process that has set up no logging of its own."""
+def log_positions() -> None:
+    """Add the position to warnings, unless logging has been configured already."""
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(PlacedFormatter())
+        handler.setFormatter(PositionFormatter())
         handler.setLevel(logging.WARNING)
         logging.getLogger().addHandler(handler)

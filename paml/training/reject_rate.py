@@ -1,13 +1,12 @@
-"""How many labels rejection should take: as many as there are false negatives, going by what validation shows.
+"""Fits the growth of the reject rate to the data: reject as many labels as there are false negatives.
 
-The fuller labels of validation say how many positives an image has, those of training how many are observed; the rest
-are false negatives under AN, and their share of the unobserved labels is the rate that rejection should have. The
-papers sweep it on validation (Kim et al., CVPR 2022), at the price of a training for each value.
+Validation labels tell how many positives an image has, training labels how many of them are observed. The others are
+false negatives under AN, and their fraction of the unobserved labels is the rate to reject at. The papers sweep the
+rate on validation instead (Kim et al., CVPR 2022), with one training per value.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 from paml.errors import SettingsError
 from paml.labels.states import POSITIVE
@@ -16,81 +15,66 @@ from paml.training.data import RunData, Split
 from paml.training.settings import TrainSettings
 
 _BLOCK = 1 << 20
-"""Images looked up at once, for the memory's sake."""
+"""Images per table lookup, which bounds memory."""
 
 
-def with_reject_rate(settings: TrainSettings, data: RunData, say: Callable[[str], None]) -> TrainSettings:
-    """The settings with a `loss.reject_rate_step` that fits the data, where it is null and the loss goes by it.
+def with_reject_rate(settings: TrainSettings, data: RunData, log: Callable[[str], None]) -> TrainSettings:
+    """The settings with `loss.reject_rate_step` fitted to the data, if it is null and the loss needs it.
 
-    On average over the epochs after the first as many labels are rejected as positives are expected unobserved
-    (`fitted_step`). The same data give the same step, so that a resumed run finds its own. `say` hears how it was come
-    by. Raises SettingsError where nothing can be expected.
+    On average over the epochs after the first, as many labels are rejected as positives are expected to be unobserved
+    (`fitted_step`). The same data give the same step, also when a run is resumed. Raises SettingsError if no
+    unobserved positives are expected.
     """
     loss = settings.loss
-    if loss.reject_rate_step is not None or not LOSSES[loss.name].by_rate:
+    if loss.reject_rate_step is not None or LOSSES[loss.name].rate is None:
         return settings
-    expected = _expected(data, loss.reject_of)
-    if expected.unobserved_positives <= 0:
+    observed, present, labels = _expected(data, loss.reject_of)
+    unobserved_positives = present - observed
+    if unobserved_positives <= 0:
         raise SettingsError(
-            f"loss.reject_rate_step is null, to be fitted to the data, but validation shows {expected.present:.3g} "
-            f"positives an image, no more than the {expected.observed:.3g} that training observes: there would be "
-            "nothing to reject. Set it (a share of the unobserved labels: 0.002 suits 20 classes, 0.0001 some "
-            "thousands), or take validation labels that are fuller"
+            f"loss.reject_rate_step cannot be fitted to the data: validation has {present:.3g} positives per "
+            f"image, not more than the {observed:.3g} observed in training, so there is nothing to reject. "
+            "Set it (a fraction of the unobserved labels, for example 0.002 for 20 classes or 0.0001 for thousands), "
+            "or use more complete validation labels"
         )
     step = fitted_step(
         loss.name,
         epochs=settings.epochs,
-        labels_per_image=expected.labels,
-        unobserved_positives_per_image=expected.unobserved_positives,
+        labels_per_image=labels,
+        unobserved_positives_per_image=unobserved_positives,
     )
-    say(
-        f"loss.reject_rate_step {step:g}, fitted to the data: on average over the epochs after the first as many "
-        f"labels an image are rejected as positives are expected unobserved, {expected.unobserved_positives:.3g} "
-        f"(validation shows {expected.present:.3g}, training observes {expected.observed:.3g})"
+    log(
+        f"loss.reject_rate_step is {step:g}, fitted to the data: it rejects {unobserved_positives:.3g} labels "
+        f"per image on average, as many as positives are expected to be unobserved ({present:.3g} in "
+        f"validation, {observed:.3g} observed in training)"
     )
     return dataclasses.replace(settings, loss=dataclasses.replace(loss, reject_rate_step=step))
 
 
 def rate_warning(settings: TrainSettings, data: RunData) -> str | None:
-    """Of a rate that would reject too much of these data, else None."""
-    expected = _expected(data, settings.loss.reject_of)
+    """A warning if the rate is too high for the data."""
+    observed, present, labels = _expected(data, settings.loss.reject_of)
     return check_reject_rate(
         settings.loss,
         epochs=settings.epochs,
-        labels_per_image=expected.labels,
-        unobserved_positives_per_image=max(0.0, expected.unobserved_positives),
+        labels_per_image=labels,
+        unobserved_positives_per_image=max(0.0, present - observed),
     )
 
 
-class _Expected(NamedTuple):
-    """Of a mean training image."""
+def _expected(data: RunData, reject_of: str) -> tuple[float, float, float]:
+    """(observed positives, all positives, labels that the rate is a fraction of) per training image, on average.
 
-    observed: float
-    """Positives."""
-    present: float
-    """Positives, observed or not."""
-    labels: float
-    """What a rate is a share of."""
-
-    @property
-    def unobserved_positives(self) -> float:
-        return self.present - self.observed
-
-
-def _expected(data: RunData, reject_of: str) -> _Expected:
-    """From what training observes and validation shows, of the images that take part in either.
-
-    Not from full labels of the training images, where there are any: those are there to judge by. Validation labels may
-    be partial too; the positives are then a lower bound, and the rate that is fitted is cautious.
+    Full labels of training images are not used: they are for evaluation. If validation labels are partial too, the
+    number of positives is a lower bound and the fitted rate is conservative.
     """
-    positives, labels = _labels_per_image(data.train)
+    observed, labels = _labels_per_image(data.train)
     present, _ = _labels_per_image(data.validation)
-    num_classes = len(data.classes)
-    return _Expected(positives, present, num_classes - labels if reject_of == "unobserved" else num_classes)
+    return observed, present, len(data.classes) - (labels if reject_of == "unobserved" else 0)
 
 
 def _labels_per_image(split: Split) -> tuple[float, float]:
-    """(positives, positives and negatives) that are observed of a mean image."""
+    """(observed positives, observed labels) per image."""
     rows, positives, labels = split.samples.row[split.samples.row >= 0], 0, 0
     for start in range(0, len(rows), _BLOCK):
         state = split.table.lookup(rows[start : start + _BLOCK]).state

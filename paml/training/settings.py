@@ -1,158 +1,149 @@
-"""All settings of a training run, composed from those of its parts."""
+"""The settings of a training run, composed from the settings of its parts."""
 
 import dataclasses
-import os
-import typing
+import re
 from typing import Any, Literal
 
 from paml import storage
 from paml.data.settings import DataSettings
-from paml.errors import SettingsError
+from paml.errors import SettingsError, check_setting
 from paml.losses import LossSettings
 from paml.metrics import MetricSettings
 from paml.models import BoostSettings, ModelSettings
+from paml.settings import flatten
 from paml.training.checkpoint import CheckpointSettings
-from paml.training.optimiser import OptimiserSettings
-from paml.training.phases import LinearInitSettings, Phase, phase_of
+from paml.training.optimizer import LinearInitSettings, OptimizerSettings, Phase
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
-    """The workers of a run."""
+    """Processes that train together."""
 
-    num_workers: int = 2
-    """Ray Train DDP workers; 0 trains in this process without Ray (notebook, debugger)."""
+    num_workers: int = 0
+    """Number of Ray Train workers (data parallel). 0 trains in this process, without Ray."""
     min_workers: int | None = None
-    """Elastic: the run begins, and goes on after a loss, with as few as these where the cluster has no room for
-    num_workers, and grows again with it. The global batches stay the same. null: num_workers or none."""
-    resize_seconds: float = 60.0
-    """Elastic: how long there must have been room for more workers before the run, which leaves a checkpoint and begins
-    again for that, takes it."""
+    """Elastic training: start, and continue after a failure, with at least this many workers, and grow to `num_workers`
+    when the cluster has room. Global batches do not change. null always waits for all `num_workers`."""
     gpus_per_worker: float | None = None
-    """GPUs of each worker; null takes 1 where the cluster has GPUs, else 0."""
+    """GPUs per worker; null uses 1 if the cluster has GPUs, otherwise 0."""
     cpus_per_worker: float | None = None
-    """CPUs of each worker; null takes an equal share of the cluster's, at least 1."""
+    """CPUs per worker; null uses an equal share of the cluster, at least 1."""
     max_failures: int = 3
-    """Times that lost workers are replaced before the run fails."""
+    """Number of times that lost workers are replaced before the run fails."""
     collective_timeout_seconds: float = 600.0
-    """A worker that stands still for longer (in one step, before one batch, over one checkpoint) is named, and the run
-    goes on without it from the newest checkpoint. Collectives and whatever Ray waits for end a little later."""
+    """A worker without progress for this long (in a step, while loading a batch or writing a checkpoint) is reported
+    and replaced, and training resumes from the latest checkpoint. Collectives time out shortly after."""
     address: str | None = None
-    """Ray cluster to join; null takes RAY_ADDRESS, else starts one in this process."""
+    """Address of the Ray cluster; null uses $RAY_ADDRESS, otherwise starts Ray on this machine."""
 
     def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise SettingsError(f"workers.num_workers is {self.num_workers}; it must be 0 (no Ray) or more")
-        if self.min_workers is not None:
-            if not 1 <= self.min_workers <= self.num_workers:
-                raise SettingsError(
-                    f"workers.min_workers is {self.min_workers}; it must be between 1 and workers.num_workers "
-                    f"({self.num_workers}), or null"
-                )
-            if self.cpus_per_worker is None:
-                raise SettingsError(
-                    "workers.min_workers is set, but workers.cpus_per_worker is null, a share of a cluster that is to "
-                    "change: set workers.cpus_per_worker (and workers.gpus_per_worker, where GPUs come later)"
-                )
-        if not self.resize_seconds >= 0:
-            raise SettingsError(f"workers.resize_seconds is {self.resize_seconds}; it must be 0 or more")
-        if not self.collective_timeout_seconds >= 1:
+        timeout, least, most = self.collective_timeout_seconds, self.min_workers, self.num_workers
+        check_setting(most >= 0, "workers.num_workers", most, "0 (no Ray) or more")
+        allowed = f"from 1 to num_workers ({most}), or null"
+        check_setting(least is None or 1 <= least <= most, "workers.min_workers", least, allowed)
+        check_setting(timeout >= 1, "workers.collective_timeout_seconds", timeout, "1 or more")
+        if self.min_workers is not None and self.cpus_per_worker is None:
             raise SettingsError(
-                f"workers.collective_timeout_seconds is {self.collective_timeout_seconds}; it must be at least 1"
+                "workers.min_workers needs workers.cpus_per_worker, because an equal share of a cluster that changes "
+                "size is not defined: set workers.cpus_per_worker (and workers.gpus_per_worker for GPUs)"
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrackingSettings:
-    """The run's place and name."""
+class RunSettings:
+    """Name and location of the run, and the trackers that follow it."""
 
     storage: str = "runs"
-    """Folder of all runs, local or s3://; a run lies in <storage>/<name>."""
-    name: str = "openimages-v3"
-    """Name of the run; a name that exists is refused unless `resume` is set."""
-    experiment: str = "paml"
-    """MLflow experiment."""
+    """Folder of all runs, local or s3://. The run is written to <storage>/<name>."""
+    name: str | None = None
+    """Name of the run. An existing name is refused unless `resume` is set. null uses the name of the data folder, with
+    a number appended if it is taken."""
+    experiment: str | None = None
+    """Experiment of the run in the trackers; null uses the name of the data folder."""
     resume: bool | Literal["auto"] = False
-    """Go on with the run of this name from its newest whole checkpoint; auto begins it where there is none yet, for
-    commands that something gives again by itself."""
-    mlflow: bool = True
-    """Mirror the journal into MLflow (MLFLOW_TRACKING_URI, else SQLite below `storage`)."""
-    system_seconds: float = 10.0
-    """Seconds between samples of CPU, memory and GPU; 0 for none."""
+    """true continues the run from its latest complete checkpoint. auto does so if the run exists and starts it
+    otherwise; use it for commands that are restarted automatically."""
+    trackers: list[str] = dataclasses.field(default_factory=lambda: ["mlflow"])
+    """Trackers that receive the metrics, for example [mlflow]; [] for none. MLflow uses $MLFLOW_TRACKING_URI, otherwise
+    a SQLite database in `storage`."""
     register: str | None = None
-    """Name in MLflow's model registry: the final model becomes its `candidate`, and its `champion` where there is none
-    or where it beats it on the same test; null registers nothing. jobs/register.py does so later."""
+    """Name of a model in MLflow's model registry. The final model becomes its `candidate`, and its `champion` if there
+    is none or if it scores higher on the same test split. null registers nothing; `paml register` does it later."""
 
     def __post_init__(self) -> None:
-        if not self.name or any(sign in self.name for sign in "/\\ \t\n"):
-            raise SettingsError(f"run.name is {self.name!r}; it names a folder: no blanks, no slashes")
-        if self.register is not None and not self.mlflow:
-            raise SettingsError(
-                "run.register needs MLflow: set run.mlflow to true, or register later (jobs/register.py)"
-            )
+        valid = self.name is None or re.fullmatch(r"[^/\\\s]+", self.name) is not None
+        check_setting(valid, "run.name", self.name, "a folder name without spaces and slashes, or null")
+        if self.name is None and self.resume:
+            raise SettingsError("run.resume needs run.name: set it to the name of the run to resume")
+        if self.register is not None and "mlflow" not in self.trackers:
+            raise SettingsError("run.register needs MLflow: add mlflow to run.trackers, or use `paml register` later")
+
+    @property
+    def folder(self) -> str:
+        """The run folder, `<storage>/<name>`. Raises SettingsError if the run has no name yet."""
+        if self.name is None:
+            raise SettingsError("run.name is null: set it to the name of a run in run.storage")
+        return storage.join(self.storage, self.name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """One training run. Read by jobs/train_openimages.py; logged whole; stored in every checkpoint."""
+    """One training run. Logged and stored in every checkpoint."""
 
-    run: TrackingSettings = dataclasses.field(default_factory=TrackingSettings)
+    run: RunSettings = dataclasses.field(default_factory=RunSettings)
     data: DataSettings = dataclasses.field(default_factory=DataSettings)
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
     boost: BoostSettings = dataclasses.field(default_factory=BoostSettings)
     loss: LossSettings = dataclasses.field(default_factory=LossSettings)
-    optimiser: OptimiserSettings = dataclasses.field(default_factory=OptimiserSettings)
+    optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
     linear_init: LinearInitSettings = dataclasses.field(default_factory=LinearInitSettings)
     metrics: MetricSettings = dataclasses.field(default_factory=MetricSettings)
     checkpoint: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
     workers: WorkerSettings = dataclasses.field(default_factory=WorkerSettings)
     epochs: int = 10
-    """Passes over the training images end to end, after those of linear_init; the first is the rejection's warm-up."""
+    """Epochs of end-to-end training, after those of linear_init. The first one is the warm-up of the rejection."""
     batch_size: int = 128
-    """Images in a global batch, over all workers."""
-    eval_batch_size: int | None = None
-    """Images in a global batch while scoring; null takes 2 × batch_size."""
-    accumulate: int = 1
-    """Global batches summed for one step of the optimiser. A reject pool lies within one of them."""
+    """Images per global batch, over all workers. Evaluation uses twice as many."""
+    grad_accum_steps: int = 1
+    """Global batches per optimizer step. Labels are ranked for rejection within one global batch."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Autocast: auto takes bf16 where the device computes in it, else fp32; fp16 scales the loss (slow on a CPU)."""
+    """Autocast precision. auto uses bf16 if the device supports it, otherwise fp16 on a GPU and fp32 on a CPU. fp16
+    scales the loss."""
     patience: int | None = None
-    """Stop after this many epochs without a better validation mAP; null for never."""
+    """Stop after this many epochs without a higher validation mAP; null never stops early."""
     seed: int = 0
-    """Of weights, order, flips, crops and probe."""
+    """Seed of the weights, the sample order, augmentation and the probe."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("eval_batch_size", "patience"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1, or null")
-        if self.seed < 0:
-            raise SettingsError(f"seed is {self.seed}; it must be at least 0")
-        if self.precision not in ("auto", "bf16", "fp16", "fp32"):
-            raise SettingsError(f"precision is {self.precision!r}; it must be auto, bf16, fp16 or fp32")
+        for name in ("epochs", "batch_size", "grad_accum_steps"):
+            check_setting(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        check_setting(self.patience is None or self.patience >= 1, "patience", self.patience, "1 or more, or null")
+        check_setting(self.seed >= 0, "seed", self.seed, "0 or more")
+        precisions = ("auto", "bf16", "fp16", "fp32")
+        check_setting(self.precision in precisions, "precision", self.precision, " or ".join(precisions))
         if self.workers.num_workers > self.batch_size:
             raise SettingsError(
-                f"workers.num_workers is {self.workers.num_workers}, more than the {self.batch_size} slots of a "
-                "global batch: some would never see an image. Raise batch_size or take fewer workers"
+                f"workers.num_workers is {self.workers.num_workers}, more than the {self.batch_size} images of a "
+                "global batch: raise batch_size or use fewer workers"
             )
-        if self.loss.reject_by == "averaged" and not self.optimiser.average:
+        if self.loss.reject_by == "ema" and not self.optimizer.ema_decay:
             raise SettingsError(
-                "loss.reject_by is averaged, but optimiser.average is 0, so no averaged weights are kept: set "
-                "optimiser.average (0.99, say), or reject by model"
+                "loss.reject_by is ema, but optimizer.ema_decay is 0: set optimizer.ema_decay (for example 0.99), or "
+                "loss.reject_by to model"
             )
-        if self.data.crop < 1 and self.model.train_from is not None:
+        if self.data.min_crop_area < 1 and self.model.train_from is not None:
             raise SettingsError(
-                f"data.crop is {self.data.crop}, but features before model.train_from ({self.model.train_from}) are "
-                "those of whole pictures: set data.crop to 1, or model.train_from to null"
+                f"data.min_crop_area is {self.data.min_crop_area}, but the cached features of model.train_from "
+                f"({self.model.train_from}) are those of whole images: set data.min_crop_area to 1 or "
+                "model.train_from to null"
             )
-        pool = self.loss.reject_pool
-        if pool is not None and (pool < 1 or self.batch_size % pool):
-            raise SettingsError(
-                f"loss.reject_pool is {pool}; it must divide batch_size ({self.batch_size}), since a pool lies "
-                "within one global batch, also where several are accumulated"
-            )
+        pool, divisors = self.loss.reject_pool, f"a divisor of batch_size ({self.batch_size}), or null"
+        check_setting(pool is None or self.batch_size % pool == 0, "loss.reject_pool", pool, divisors)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images per global batch in evaluation, which needs no memory for gradients."""
+        return 2 * self.batch_size
 
     @property
     def all_epochs(self) -> int:
@@ -160,8 +151,13 @@ class TrainSettings:
         return self.linear_init.epochs + self.epochs
 
     def phase(self, epoch: int) -> Phase:
-        """The phase of epoch `epoch`, from 1."""
-        return phase_of(self.linear_init, self.optimiser, self.epochs, epoch)
+        """The phase of `epoch`, counted from 1."""
+        first = self.linear_init
+        if epoch > first.epochs:
+            return Phase(head_only=False, first_epoch=first.epochs + 1, epochs=self.epochs, optimizer=self.optimizer)
+        constant: dict[str, Any] = {"head_lr_multiplier": 1.0, "schedule": "constant", "warmup_fraction": 0.0}
+        head = dataclasses.replace(self.optimizer, learning_rate=first.learning_rate, **constant)
+        return Phase(head_only=True, first_epoch=1, epochs=first.epochs, optimizer=head)
 
 
 MAY_DIFFER = (
@@ -171,76 +167,49 @@ MAY_DIFFER = (
     "data.root",
     "model.weights",
     "data.decode_threads",
-    "data.loader_processes",
-    "data.prefetch",
     "data.cache_dir",
     "data.features_dir",
     "data.cache_gb",
-    "data.shards_ahead",
     "patience",
     "loss.p_asl.prior_file",
 )
-"""Settings that a resumed run may change: where things lie and who computes them, never what is computed."""
+"""Settings that may change when a run is resumed: locations and resources, never what is computed."""
 
 
-def at_absolute_paths(settings: TrainSettings, base: str) -> TrainSettings:
-    """The same settings with every local path absolute, since workers run in folders of their own."""
+def with_absolute_paths(settings: TrainSettings, base: str) -> TrainSettings:
+    """The settings with all local paths absolute, because workers have working directories of their own.
 
-    def fixed(path: str) -> str:
-        return path if storage.is_remote(path) else os.path.abspath(os.path.join(base, os.path.expanduser(path)))
+    Raises SettingsError if data.root is not set.
+    """
+    if not settings.data.root:
+        raise SettingsError(
+            "data.root is not set: set it to a folder that `paml prepare` wrote, or start with `paml demo`"
+        )
 
-    weights = settings.model.weights
-    if weights is not None and weights != "imagenet":
-        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, weights=fixed(weights)))
-    folders = {name: getattr(settings.data, name) for name in ("root", "cache_dir", "features_dir")}
-    fixed_folders = {name: fixed(folder) for name, folder in folders.items() if folder is not None}
-    if settings.loss.p_asl.prior_file is not None:
-        p_asl = dataclasses.replace(settings.loss.p_asl, prior_file=fixed(settings.loss.p_asl.prior_file))
-        settings = dataclasses.replace(settings, loss=dataclasses.replace(settings.loss, p_asl=p_asl))
+    def replaced(part: Any, *names: str) -> Any:
+        return dataclasses.replace(part, **{name: storage.absolute_path(getattr(part, name), base) for name in names})
+
+    from_file = settings.model.weights != "imagenet"
     return dataclasses.replace(
         settings,
-        run=dataclasses.replace(settings.run, storage=fixed(settings.run.storage)),
-        data=dataclasses.replace(settings.data, **fixed_folders),
+        run=replaced(settings.run, "storage"),
+        data=replaced(settings.data, "root", "cache_dir", "features_dir"),
+        model=replaced(settings.model, "weights") if from_file else settings.model,
+        loss=dataclasses.replace(settings.loss, p_asl=replaced(settings.loss.p_asl, "prior_file")),
     )
 
 
-def flatten(settings: object, prefix: str = "") -> dict[str, object]:
-    """Dotted names to values of a (nested) settings dataclass or of its asdict()."""
-    values = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings  # pyright: ignore
-    flat: dict[str, object] = {}
-    for name, value in values.items():  # pyright: ignore
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def unflatten(kind: type, flat: dict[str, object]) -> Any:
-    """The settings dataclass that `flatten` made `flat` of; what is absent takes its default."""
-    values: dict[str, Any] = {}
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        inside = {name[len(field.name) + 1 :]: v for name, v in flat.items() if name.startswith(field.name + ".")}
-        if dataclasses.is_dataclass(hints[field.name]):
-            values[field.name] = unflatten(hints[field.name], inside)
-        elif field.name in flat:
-            value = flat[field.name]
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
-
-
-def refuse_other_settings(stored: dict, settings: TrainSettings) -> None:
-    """Raise SettingsError, naming each, where settings that decide what is computed differ from a stored run's."""
-    then, now = flatten(TrainSettings()) | flatten(stored), flatten(settings)  # younger settings had their default
+def check_same_settings(stored: dict, settings: TrainSettings) -> None:
+    """Raise SettingsError if a setting outside MAY_DIFFER differs from the `stored` ones of a run; names each."""
+    before, now = flatten(TrainSettings()) | flatten(stored), flatten(settings)
     differing = [
-        f"{name}: {then.get(name, 'absent')!r} then, {now.get(name, 'absent')!r} now"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
+        f"{name}: {before.get(name, 'absent')!r} before, {now.get(name, 'absent')!r} now"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
         and not any(name == free or name.startswith(free + ".") for free in MAY_DIFFER)
     ]
     if differing:
         raise SettingsError(
-            "the run was begun with other settings: " + "; ".join(differing) + ". Resume with the same ones "
-            f"(only {', '.join(MAY_DIFFER)} may differ), or give the new run another run.name"
+            f"the run was started with other settings: {'; '.join(differing)}. Resume with the same settings (only "
+            f"{', '.join(MAY_DIFFER)} may differ), or set another run.name"
         )

@@ -1,26 +1,28 @@
-"""All that a run must keep so that stopping it anywhere changes nothing."""
+"""The state of a run: everything needed to resume it with bit-identical results."""
 
-import dataclasses
+import copy
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from paml.data.device import Normalise, Normaliser, features_as_float
+from paml.data.plan import EpochPlan
 from paml.errors import SettingsError
 from paml.labels.overlay import LabelOverlay
-from paml.losses import Memory
+from paml.losses import LOSSES, StateScope, build_loss_state
 from paml.models import CamClassifier
-from paml.models.cam import set_learning
+from paml.models.cam import set_requires_grad
+from paml.settings import flatten
 from paml.training.checkpoint import Checkpoint
-from paml.training.optimiser import build_optimiser, rate_at
-from paml.training.phases import Phase
-from paml.training.rejected import Rejected
-from paml.training.settings import TrainSettings, flatten
+from paml.training.data import RunData
+from paml.training.evaluate import evaluation_mode, normalizer_of
+from paml.training.optimizer import Phase, build_optimizer, learning_rate_at
+from paml.training.rejected import EpochRejections
+from paml.training.settings import TrainSettings
 from paml.training.world import World
 
-COUNTS = (
+COUNTS: tuple[str, ...] = (
     "images",
     "unobserved",
     "rejected",
@@ -35,75 +37,98 @@ COUNTS = (
 """Integers summed over an epoch, in the order of TrainState.counts."""
 
 
-@dataclasses.dataclass
 class TrainState:
-    """Model, optimiser and place of one worker.
+    """Model, optimizer and position of one worker.
 
-    Equal on all workers, but for `loss_sum`, `counts`, `rejected` and `new_codes`.
+    The same on all workers except for `loss_sum`, `counts`, `rejected` and `new_corrections`.
     """
 
-    settings: TrainSettings
-    world: World
-    num_classes: int
-    model: CamClassifier
-    averaged: CamClassifier | None
-    optimiser: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # pyright: ignore[reportPrivateImportUsage]
-    normalise: Normalise
-    autocast: torch.dtype | None
-    steps_per_epoch: int
-    network: nn.Module
-    """The model, wrapped for DDP where there are several workers."""
-    overlay: LabelOverlay
-    loss_sum: torch.Tensor
-    """float64 scalar on the device: sum of the epoch's label losses of this worker."""
-    counts: torch.Tensor
-    """int64 [len(COUNTS)] on the device: this worker's share of the epoch's counts."""
-    rejected: Rejected
-    """What this worker keeps of the epoch's rejected labels."""
-    epoch: int = 1
-    """The epoch under way, from 1."""
-    step: int = 0
-    """Global batches done in this epoch."""
-    optimiser_step: int = 0
-    """Steps of the optimiser done in all."""
-    new_codes: list[np.ndarray] = dataclasses.field(default_factory=list)
-    """LL-Cp's corrections that the other workers do not know yet."""
-    memory: Memory | None = None
-    """What the loss keeps beyond a batch; few losses do."""
-    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    """Figures of each epoch done."""
-    best: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    """For each alpha scored: the best epoch, its validation mAP and its checkpoint."""
-    data_digests: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What the run is trained on; a run goes on with the same alone."""
-    waiting: list = dataclasses.field(default_factory=list)
-    """Figures of the step before that are still on their way from the GPU."""
+    def __init__(self, settings: TrainSettings, world: World, model: CamClassifier, data: RunData) -> None:
+        """The state before the first step. Seeds torch's generators, which networks with stochastic depth use.
+
+        Raises SettingsError for SyncBatchNorm without a GPU, and what the loss raises for its settings and the data.
+        """
+        if settings.model.batch_norm == "sync" and world.device.type != "cuda":
+            raise SettingsError("model.batch_norm is sync, which needs GPUs: set it to worker or frozen")
+        torch.manual_seed((settings.seed + 1) * 1_000_003 + world.rank)
+        self.settings, self.world, self.num_classes = settings, world, len(data.classes)
+        self.epoch = 1
+        """The current epoch, from 1."""
+        self.step = 0
+        """Global batches done in this epoch."""
+        self.optimizer_step = 0
+        """Optimizer steps done in the run."""
+        self.steps_per_epoch = EpochPlan(data.train.samples.index, settings.batch_size).steps
+        self.model = model.to(world.device)
+        model.on_features = settings.model.train_from is not None
+        self.ema_model = copy.deepcopy(model).eval() if settings.optimizer.ema_decay else None
+        self.start_phase()
+        self.autocast = autocast_dtype(settings.precision, world.device)
+        enabled = self.autocast == torch.float16
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=enabled)  # pyright: ignore
+        self.normalize = normalizer_of(model, world.device)
+        self.overlay = LabelOverlay(self.num_classes)
+        """Labels that the loss has corrected permanently (LL-Cp)."""
+        self.new_corrections: list[np.ndarray] = []
+        """Corrections of this worker that have not been shared with the others."""
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        """Sum of the label losses of this worker in the epoch."""
+        self.counts = torch.zeros(len(COUNTS), dtype=torch.int64, device=world.device)
+        """int64 [len(COUNTS)]: counts of this worker in the epoch."""
+        self.rejected = EpochRejections(self.num_classes, settings.seed, self.epoch)
+        """The rejected labels of this worker that the epoch will save."""
+        scope = StateScope(
+            index=data.train.samples.index,
+            classes=data.classes,
+            epochs=settings.epochs,
+            seed=settings.seed,
+            device=world.device,
+            world=world.group,
+        )
+        self.loss_state = build_loss_state(settings.loss, scope)
+        """What the loss keeps between batches; None for most losses."""
+        self.history: list[dict[str, float]] = []
+        """Metrics of each finished epoch."""
+        self.best: dict[str, dict[str, Any]] = {}
+        """For each alpha: the best epoch, its validation mAP and its checkpoint."""
+        self.data_digests = {"training images": data.train.manifest.digest, "training labels": data.train.table.digest}
+        """Digests of the training data, which must be the same when the run is resumed."""
+        self.pending: list = []
+        """Results of the previous step that are still being copied from the GPU."""
+
+    def start_phase(self) -> None:
+        """Make the optimizer of the current phase, and DDP over the parameters that it trains."""
+        self.network: nn.Module = self.model  # drop the old DDP and its hooks before a new one is built
+        """The model, wrapped in DDP if there are several workers."""
+        set_requires_grad(self.model, self.settings.model, head_only=self.phase.head_only)
+        self.optimizer = build_optimizer(self.phase.optimizer, self.model)
+        self.network = _distributed(self.model, self.world)
 
     @property
     def phase(self) -> Phase:
-        """The phase of the epoch under way; the optimiser and `network` are of it."""
+        """The phase of the current epoch. `optimizer` and `network` belong to it."""
         return self.settings.phase(self.epoch)
 
     @property
     def loss_epoch(self) -> int:
-        """What the loss's and the boost's schedules take the epoch under way for."""
-        return self.phase.loss_epoch(self.epoch)
+        """The epoch, from 1, of the loss's schedule. Head-only epochs are warm-up epochs of the rejection."""
+        return 1 if self.phase.head_only else self.epoch - self.phase.first_epoch + 1
 
     @property
     def learning_rate(self) -> float:
-        """Of the backbone in the optimiser's next step: schedules run over a phase."""
-        phase, an_epoch = self.phase, -(-self.steps_per_epoch // self.settings.accumulate)
-        return rate_at(phase.optimiser, self.optimiser_step - phase.before * an_epoch, phase.epochs * an_epoch)
+        """The learning rate of the backbone in the next optimizer step. Schedules span a phase."""
+        phase, steps_per_epoch = self.phase, -(-self.steps_per_epoch // self.settings.grad_accum_steps)
+        step = self.optimizer_step - (phase.first_epoch - 1) * steps_per_epoch
+        return learning_rate_at(phase.optimizer, step, phase.epochs * steps_per_epoch)
+
+    @property
+    def eval_model(self) -> CamClassifier:
+        """The model that is evaluated: the EMA model if there is one."""
+        return self.model if self.ema_model is None else self.ema_model
 
 
-def autocast_type(settings: TrainSettings, device: torch.device) -> torch.dtype | None:
-    """The type to compute in, or None for float32."""
-    return autocast_of(settings.precision, device)
-
-
-def autocast_of(precision: str, device: torch.device) -> torch.dtype | None:
-    """The type that auto, bf16, fp16 or fp32 computes in on a device, or None for float32."""
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast uses for `precision` (auto, bf16, fp16 or fp32) on `device`; None for float32."""
     if precision == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -111,70 +136,21 @@ def autocast_of(precision: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
 
 
-def new_state(
-    settings: TrainSettings, world: World, model: CamClassifier, num_classes: int, steps_per_epoch: int
-) -> TrainState:
-    """A run before its first step. Seeds torch's generators, which draw for networks with random depth.
-
-    Raises SettingsError for SyncBatchNorm without a GPU.
-    """
-    if settings.model.batch_norm == "sync" and world.device.type != "cuda":
-        raise SettingsError("model.batch_norm is sync, which needs GPUs; take worker or frozen")
-    torch.manual_seed((settings.seed + 1) * 1_000_003 + world.rank)
-    model = model.to(world.device)
-    model.on_features = settings.model.train_from is not None
-    normalise: Normalise = Normaliser(settings.model.pixel_mean, settings.model.pixel_std, world.device)
-    averaged = None
-    if settings.optimiser.average:
-        import copy
-
-        averaged = copy.deepcopy(model).eval()
-    autocast = autocast_type(settings, world.device)
-    optimiser, network = _learners(settings, world, model, epoch=1)
-    return TrainState(
-        settings=settings,
-        world=world,
-        num_classes=num_classes,
-        model=model,
-        averaged=averaged,
-        optimiser=optimiser,
-        scaler=torch.amp.GradScaler(world.device.type, enabled=autocast == torch.float16),  # pyright: ignore
-        normalise=features_as_float if model.on_features else normalise,
-        autocast=autocast,
-        steps_per_epoch=steps_per_epoch,
-        network=network,
-        overlay=LabelOverlay(num_classes),
-        loss_sum=torch.zeros((), dtype=torch.float64, device=world.device),
-        counts=torch.zeros(len(COUNTS), dtype=torch.int64, device=world.device),
-        rejected=Rejected(num_classes, settings.seed, epoch=1),
-    )
-
-
-def _learners(
-    settings: TrainSettings, world: World, model: CamClassifier, *, epoch: int
-) -> tuple[torch.optim.Optimizer, nn.Module]:
-    """A fresh optimiser and DDP over what learns in the phase of `epoch`."""
-    phase = settings.phase(epoch)
-    set_learning(model, settings.model, head_only=phase.head_only)
-    return build_optimiser(phase.optimiser, model), _distributed(model, world)
-
-
 def enter_epoch(state: TrainState, epoch: int) -> None:
-    """Go to the beginning of `epoch`; all workers must call it. A phase begins with a fresh optimiser."""
-    before = state.phase
+    """Move to the start of `epoch`; all workers must call it. A new phase gets a new optimizer."""
+    previous = state.phase
     state.epoch, state.step = epoch, 0
-    state.rejected = Rejected(state.num_classes, state.settings.seed, epoch)
-    if state.phase != before:
-        state.network = state.model  # DDP's hooks go before others come
-        state.optimiser, state.network = _learners(state.settings, state.world, state.model, epoch=epoch)
+    state.rejected = EpochRejections(state.num_classes, state.settings.seed, epoch)
+    if state.phase != previous:
+        state.start_phase()
 
 
 def _distributed(model: CamClassifier, world: World) -> nn.Module:
     """DDP with its gradient buckets in their final order before the first step.
 
-    DDP re-orders its buckets after the first backward pass. A resumed run would do so one step later than the
-    unbroken one, and an all-reduce over three or more workers adds up in another order: the bits would differ.
-    One backward pass of nothing, with BatchNorm's statistics at rest, brings that forward to the start.
+    DDP reorders its buckets after the first backward pass. A resumed run would reorder them one step later than an
+    uninterrupted one, and with three or more workers an all-reduce would sum in another order, which changes the bits.
+    A backward pass with zero gradients, in evaluation mode to leave BatchNorm's statistics unchanged, does it now.
     """
     if world.group is None:
         return model
@@ -182,80 +158,72 @@ def _distributed(model: CamClassifier, world: World) -> nn.Module:
 
     devices = [world.device.index] if world.device.type == "cuda" else None
     network = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-    modes = {module: module.training for module in model.modules()}
-    network.eval()
     blank = torch.zeros(1, 3, 64, 64, device=world.device)
-    if model.on_features:
-        with torch.no_grad():
-            blank = model.front(blank)
-    (network(blank).sum() * 0).backward()
+    with evaluation_mode(network):
+        if model.on_features:
+            with torch.no_grad():
+                blank = model.front(blank)
+        (network(blank).sum() * 0).backward()
     network.zero_grad()
-    for module, mode in modes.items():
-        module.training = mode
     return network
 
 
 def share_corrections(state: TrainState) -> None:
-    """Make LL-Cp's overlay equal on all workers."""
-    if state.settings.loss.name == "ll-cp":
-        mine = np.concatenate([*state.new_codes, np.empty(0, np.int64)])
-        state.new_codes.clear()
-        for codes in state.world.gather_objects(mine):
+    """Merge the permanent corrections of all workers; all workers must call it."""
+    if LOSSES[state.settings.loss.name].corrects:
+        own = np.concatenate([*state.new_corrections, np.empty(0, np.int64)])
+        state.new_corrections.clear()
+        for codes in state.world.gather_objects(own):
             state.overlay.add(codes)
 
 
 def share_rejected(state: TrainState) -> None:
-    """Bring what the workers keep of the epoch's rejected labels to the first; all workers must call it."""
-    found = state.world.gather_objects((state.rejected.codes, state.rejected.logits, state.rejected.by_class))
-    state.rejected = Rejected(state.num_classes, state.settings.seed, state.epoch)
-    for own in found if state.world.first else ():
-        state.rejected.add(*own)
-
-
-def _generators(device: torch.device) -> list[torch.Tensor]:
-    """States of the generators that a network may draw from on this device."""
-    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *cuda]
+    """Gather the rejected labels to be saved on the first worker; all workers must call it."""
+    gathered = state.world.gather_objects(state.rejected.arrays())
+    state.rejected = EpochRejections(state.num_classes, state.settings.seed, state.epoch)
+    for part in gathered if state.world.first else ():
+        state.rejected.add(**part)
 
 
 def save_state(state: TrainState) -> Checkpoint | None:
     """A checkpoint of the whole run on the first worker, None on the others. All workers must call it."""
     share_corrections(state)
     share_rejected(state)
-    totals = state.world.sum(state.loss_sum.clone()), state.world.sum(state.counts.clone())
-    state.loss_sum.copy_(totals[0] if state.world.first else torch.zeros_like(totals[0]))
-    state.counts.copy_(totals[1] if state.world.first else torch.zeros_like(totals[1]))
-    generators = state.world.gather_objects([g.numpy().tobytes() for g in _generators(state.world.device)])
+    for total in (state.loss_sum, state.counts):
+        state.world.sum(total)
+        if not state.world.first:
+            total.zero_()
+    device = state.world.device
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    generators = state.world.gather_objects([generator.numpy().tobytes() for generator in states])
     if not state.world.first:
         return None
-    moments = state.optimiser.state_dict()["state"]
+    moments = state.optimizer.state_dict()["state"]
     tensors = {
         "weights": dict(state.model.state_dict()),
-        "optimiser": {f"{place}.{key}": value for place, slot in moments.items() for key, value in slot.items()},
+        "optimizer": {f"{index}.{key}": value for index, slot in moments.items() for key, value in slot.items()},
         "progress": {
             "overlay": torch.from_numpy(state.overlay.codes),
             "loss_sum": state.loss_sum,
             "counts": state.counts,
-            "rejected.codes": torch.from_numpy(state.rejected.codes),
-            "rejected.logits": torch.from_numpy(state.rejected.logits),
-            "rejected.by_class": torch.from_numpy(state.rejected.by_class),
+            **{f"rejected.{name}": torch.from_numpy(array) for name, array in state.rejected.arrays().items()},
             **{
-                f"generator.{rank}.{place}": torch.frombuffer(bytearray(drawn), dtype=torch.uint8)
-                for rank, own in enumerate(generators)
-                for place, drawn in enumerate(own)
+                f"generator.{rank}.{index}": torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                for rank, contents in enumerate(generators)
+                for index, content in enumerate(contents)
             },
         },
     }
-    if state.averaged is not None:
-        tensors["averaged"] = dict(state.averaged.state_dict())
-    if state.memory is not None:
-        tensors["memory"] = state.memory.tensors()
+    if state.ema_model is not None:
+        tensors["ema"] = dict(state.ema_model.state_dict())
+    if state.loss_state is not None:
+        tensors["loss_state"] = state.loss_state.tensors()
     facts = {
         "settings": flatten(state.settings),
         "num_classes": state.num_classes,
         "epoch": state.epoch,
         "step": state.step,
-        "optimiser_step": state.optimiser_step,
+        "optimizer_step": state.optimizer_step,
         "scaler": state.scaler.state_dict(),
         "history": state.history,
         "best": state.best,
@@ -266,43 +234,46 @@ def save_state(state: TrainState) -> Checkpoint | None:
 
 
 def load_state(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Take up the run where `checkpoint` left it. Raises SettingsError where one has a memory and the other none."""
+    """Restore the state of `checkpoint`. Raises SettingsError if only one of the two has a state of the loss."""
     facts, tensors = checkpoint.facts, checkpoint.tensors
-    if (state.memory is not None) != ("memory" in tensors):
-        begun, now = ("without", "with") if state.memory is not None else ("with", "without")
+    if (state.loss_state is not None) != ("loss_state" in tensors):
+        before, now = ("without", "with") if state.loss_state is not None else ("with", "without")
         raise SettingsError(
-            f"the run was begun {begun} a memory of its loss {state.settings.loss.name}, and would go on {now} one: "
-            "give loss.p_asl.prior_file as it was (another path of the same file will do), or the new run another "
-            "run.name"
+            f"the run was started {before} loss.p_asl.prior_file and is resumed {now} it: set it as before (another "
+            "path of the same file is allowed), or set another run.name"
         )
     enter_epoch(state, facts["epoch"])
     state.model.load_state_dict(tensors["weights"])
-    if state.averaged is not None:
-        state.averaged.load_state_dict(tensors["averaged"])
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in tensors["optimiser"].items():
-        place, key = name.split(".", 1)
-        moments.setdefault(int(place), {})[key] = value
-    groups = state.optimiser.state_dict()["param_groups"]
-    state.optimiser.load_state_dict({"state": moments, "param_groups": groups})
-    for parameter, slot in state.optimiser.state.items():  # laid out in memory as the optimiser does it itself
-        for key, value in slot.items():
-            if value.shape == parameter.shape:
-                slot[key] = torch.empty_like(parameter).copy_(value)
+    if state.ema_model is not None:
+        state.ema_model.load_state_dict(tensors["ema"])
+    _load_optimizer(state.optimizer, tensors["optimizer"])
     progress = tensors["progress"]
     state.overlay = LabelOverlay(state.num_classes, progress["overlay"].numpy())
-    if state.memory is not None:
-        state.memory.load(tensors["memory"])
+    if state.loss_state is not None:
+        state.loss_state.load(tensors["loss_state"])
     if state.world.first:
         state.loss_sum.copy_(progress["loss_sum"])
         state.counts.copy_(progress["counts"])
-        if "rejected.codes" in progress:  # an older paml kept none
-            state.rejected.add(*(progress[f"rejected.{name}"].numpy() for name in ("codes", "logits", "by_class")))
-    own = [progress.get(f"generator.{state.world.rank}.{place}") for place in range(2)]
-    if own[0] is not None:
-        torch.set_rng_state(own[0])
-    if own[1] is not None and state.world.device.type == "cuda":
-        torch.cuda.set_rng_state(own[1], state.world.device)
+        state.rejected.add(*(progress[f"rejected.{name}"].numpy() for name in ("codes", "logits", "by_class")))
+    cpu, cuda = (progress.get(f"generator.{state.world.rank}.{index}") for index in range(2))
+    if cpu is not None:
+        torch.set_rng_state(cpu)
+    if cuda is not None and state.world.device.type == "cuda":
+        torch.cuda.set_rng_state(cuda, state.world.device)
     state.scaler.load_state_dict(facts["scaler"])
-    state.step, state.optimiser_step = facts["step"], facts["optimiser_step"]
+    state.step, state.optimizer_step = facts["step"], facts["optimizer_step"]
     state.history, state.best = facts["history"], facts["best"]
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Restore the moments, with the memory layout that the optimizer itself would give them."""
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        moments.setdefault(int(index), {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    for parameter, slot in optimizer.state.items():
+        for key, value in slot.items():
+            if value.shape == parameter.shape:
+                slot[key] = torch.empty_like(parameter).copy_(value)

@@ -1,4 +1,4 @@
-"""Who computes: this worker's place among all, its device and the process group; passed in, never looked up."""
+"""The workers of a run: rank, device and process groups. Passed as an argument, never looked up."""
 
 import dataclasses
 import datetime
@@ -10,28 +10,28 @@ import torch.distributed as dist
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Worker `rank` of `size`, computing on `device`. `group` is None where there is one worker alone."""
+    """Worker `rank` of `size` on `device`. Without a `group` there is one worker."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     group: "dist.ProcessGroup | None" = None
     control: "dist.ProcessGroup | None" = None
-    """The same workers, talking from CPU to CPU, so that no GPU waits for it; None where `group` does so itself."""
+    """A gloo group of the same workers if `group` is not gloo, so that control messages do not wait for the GPU."""
 
     @property
     def first(self) -> bool:
-        """The worker that writes checkpoints and the journal."""
+        """Whether this worker writes checkpoints and the journal."""
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all workers, on every worker."""
+        """Sum over all workers, in place and on every worker."""
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether any worker's `flag` is set, on every worker."""
+        """Whether `flag` is true on any worker."""
         if self.group is None:
             return flag
         flags = torch.tensor([float(flag)])
@@ -44,7 +44,7 @@ class World:
             dist.barrier(group=self.group)
 
     def gather_objects(self, value: object) -> list:
-        """Small python values (numbers, arrays) of all workers, in rank order, on every worker."""
+        """Small Python values of all workers, in rank order, on every worker."""
         if self.group is None:
             return [value]
         values: list = [None] * self.size
@@ -52,17 +52,16 @@ class World:
         return values
 
     def broadcast_buffers(self, module: torch.nn.Module) -> None:
-        """The first worker's buffers (BatchNorm's statistics), on every worker."""
+        """Copy the first worker's buffers (BatchNorm statistics) to all workers."""
         if self.group is not None:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0, group=self.group)
 
 
 def current_world(timeout_seconds: float = 600.0) -> World:
-    """From the process group that the launcher has set up, if it has; one GPU of those visible by rank. All workers
-    must call it.
+    """The world of the default process group; one worker if there is none. All workers must call it.
 
-    timeout_seconds: of the collectives in `World.control`, if there is one.
+    timeout_seconds: timeout of collectives in `World.control`.
     """
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -1,12 +1,9 @@
-"""The audit from a trained run to its files, and from a person's answers back to a label table."""
+"""The audit from a trained run to its files, and from verdicts back to a label table."""
 
 import csv
-import importlib.util
 import json
 import re
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +11,23 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from paml.audit.audit import AuditSettings, audit, open_auditor
-from paml.audit.rank import scale_of
-from paml.audit.scoring import Observed, Scored, bin_of, least_rejected_bin
+from paml.audit.audit import AuditSettings, audit
+from paml.audit.evidence import open_checkpoints
+from paml.audit.rank import fit_class_scale
+from paml.audit.scoring import ScoredLabels, SplitScores
+from paml.cli import main
 from paml.errors import DataError, SettingsError
 from paml.labels import POSITIVE, UNOBSERVED, LabelTable
-from paml.losses import reject_rate
+from paml.models.backbones import IMAGENET_MEAN, IMAGENET_STD
 from paml.models.cam import build_model
-from paml.prepare import PrepareSettings, prepare
+from paml.preparation.prepare import PrepareSettings, prepare
+from paml.settings import flatten
 from paml.shards import Manifest, ShardSettings
-from paml.training.checkpoint import committed, read_checkpoint
+from paml.training.checkpoint import list_checkpoints, read_checkpoint
 from paml.training.data import eval_loader, open_split
-from paml.training.settings import TrainSettings, flatten
+from paml.training.settings import TrainSettings
 from paml.training.world import World
-from tests.helpers.jobs import ROOT, write_scenes
+from tests.helpers.jobs import write_scenes
 from tests.helpers.prepared import CLASSES, SIZE, tiny_settings
 from tests.helpers.runs import run
 
@@ -49,150 +49,130 @@ def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[s
 
 @pytest.fixture(scope="module")
 def logits(trained: tuple[str, TrainSettings]) -> tuple[np.ndarray, np.ndarray]:
-    """float64 [C, N, K] of every epoch's checkpoint on the training pictures, and of the mirrored ones, by hand."""
+    """Logits float64 [C, N, K] of every epoch's checkpoint for the training images and their mirror images."""
     folder, settings = trained
     split = open_split(settings.data, "train", "labels/train.arrow", images="observed")
-    batches = list(eval_loader(settings, split, SIZE, World()))
-    order = np.argsort(
-        np.concatenate([batch.index for batch in batches])
-    )  # batches do not come in the manifest's order
-    pictures = torch.cat([batch.images for batch in batches])[order] / 255.0
-    pictures = (pictures - torch.tensor(settings.model.pixel_mean)) / torch.tensor(settings.model.pixel_std)
-    found = []
-    for name in committed(folder):
+    batches = list(eval_loader(settings.data, split, SIZE, World(), batch_size=16))
+    order = np.argsort(np.concatenate([batch.index for batch in batches]))  # batches are not in manifest order
+    images = torch.cat([batch.images for batch in batches])[order] / 255.0
+    images = (images - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+    logits = []
+    for name in list_checkpoints(folder):
         model = build_model(settings.model, K)
         model.load_state_dict(read_checkpoint(folder, name).tensors["weights"])
         with torch.no_grad():
-            for view in (pictures, pictures.flip(2)):
+            for view in (images, images.flip(2)):
                 maps = model.eval().maps(view.permute(0, 3, 1, 2)).double()
-                found.append(torch.where(maps > 0, 5 * maps, maps).mean((2, 3)).numpy())
-    stacked = np.stack(found)
+                logits.append(torch.where(maps > 0, 5 * maps, maps).mean((2, 3)).numpy())
+    stacked = np.stack(logits)
     return stacked[0::2], stacked[1::2]
 
 
 def _states(table: LabelTable, manifest: Manifest) -> np.ndarray:
-    found = np.full((len(manifest), K), UNOBSERVED, np.int8)
+    states = np.full((len(manifest), K), UNOBSERVED, np.int8)
     labels = table.lookup(table.rows_of(manifest.keys()))
-    found[labels.image, labels.cls] = labels.state
-    return found
+    states[labels.image, labels.cls] = labels.state
+    return states
 
 
 @pytest.fixture(scope="module")
 def done(trained: tuple[str, TrainSettings], tmp_path_factory: pytest.TempPathFactory):
-    out, said = tmp_path_factory.mktemp("audit"), []
-    finds = audit(
-        AuditSettings(run=trained[0] + "@newest", finds=30, observed_finds=12, batch_size=7, out=str(out)), said.append
+    out, lines = tmp_path_factory.mktemp("audit"), []
+    issues = audit(
+        AuditSettings(run=trained[0] + "@newest", missing=30, wrong=12, batch_size=7, out=str(out)), lines.append
     )
-    return finds, out, said
+    return issues, out, lines
 
 
-def test_finds_are_those_of_the_checkpoint_s_scores_by_hand(done, trained, logits, prepared: Path) -> None:
-    finds, out, _ = done
+def test_issues_are_ranked_by_the_checkpoints_scores(done, trained, logits, prepared: Path) -> None:
+    issues, out, _ = done
     plain, mirrored = logits
     scores = (plain[-1] + mirrored[-1]) / 2
     manifest = Manifest.open(prepared / "shards" / "train")
     states = _states(LabelTable.open(prepared / "labels" / "train.arrow"), manifest)
     image, cls = np.nonzero(states != UNOBSERVED)
-    observed = Observed(
-        image, cls.astype(np.int32), states[image, cls] == POSITIVE, scores[image, cls].astype(np.float32)
-    )
-    nothing = Scored(0, K, None, observed, np.empty(0))  # pyright: ignore[reportArgumentType]
-    scale = scale_of(nothing)
-    sides = np.where(states == POSITIVE, -1, 1) * (scores - scale.border)
-    normalised = np.where(states == UNOBSERVED, scores - scale.offset, sides)
+    observed = ScoredLabels(image, cls.astype(np.int32), scores[image, cls].astype(np.float32), states[image, cls])
+    scores_of_observed = SplitScores(0, K, None, observed)  # pyright: ignore[reportArgumentType]
+    scale = fit_class_scale(scores_of_observed)
+    distances = np.where(states == POSITIVE, -1, 1) * (scores - scale.boundary)
+    normalized = np.where(states == UNOBSERVED, scores - scale.offset, distances)
 
-    rows = pq.read_table(out / "finds.parquet").to_pylist()
-    place = {manifest.key(n): n for n in range(len(manifest))}
-    for kind, count in (("unobserved-positive", 30), ("observed-wrong", 12)):
-        own = [row for row in rows if row["kind"] == kind]
-        assert [row["rank"] for row in own] == list(range(1, count + 1))
-        allowed = (states == UNOBSERVED) == (kind == "unobserved-positive")
-        best = np.sort(np.where(allowed, normalised, -np.inf).ravel())[::-1][:count]
-        np.testing.assert_allclose([row["score"] for row in own], best, atol=1e-4)
-        for row in own:
-            n, k = place[row["key"]], CLASSES.index(row["mid"])
-            assert row["score"] == pytest.approx(normalised[n, k], abs=1e-4)
+    rows = pq.read_table(out / "issues.parquet").to_pylist()
+    index_of = {manifest.key(n): n for n in range(len(manifest))}
+    for kind, count in (("missing", 30), ("wrong", 12)):
+        of_kind = [row for row in rows if row["kind"] == kind]
+        assert [row["rank"] for row in of_kind] == list(range(1, count + 1))
+        allowed = (states == UNOBSERVED) == (kind == "missing")
+        best = np.sort(np.where(allowed, normalized, -np.inf).ravel())[::-1][:count]
+        np.testing.assert_allclose([row["score"] for row in of_kind], best, atol=1e-4)
+        for row in of_kind:
+            n, k = index_of[row["key"]], CLASSES.index(row["mid"])
+            assert row["score"] == pytest.approx(normalized[n, k], abs=1e-4)
             assert row["logit"] == pytest.approx(scores[n, k], abs=1e-4)
             assert row["probability"] == pytest.approx(1 / (1 + np.exp(-scores[n, k])), abs=1e-5)
             assert row["state"] == {POSITIVE: "positive", 0: "negative", UNOBSERVED: "unobserved"}[int(states[n, k])]
             np.testing.assert_allclose(row["logit_by_checkpoint"], plain[:, n, k], atol=1e-4)
-    assert len(finds) == len(rows) == 42
+    assert len(issues) == len(rows) == 42
 
 
-def test_evidence_is_what_its_columns_say(done, trained, logits, prepared: Path) -> None:
+def test_evidence_is_the_fraction_of_checkpoints_that_agree(done, trained) -> None:
     _, out, _ = done
-    folder, settings = trained
-    table = pq.read_table(out / "finds.parquet")
+    table = pq.read_table(out / "issues.parquet")
     rows, about = table.to_pylist(), json.loads(table.schema.metadata[b"paml"])
-    assert about["checkpoints"] == committed(folder)
-    manifest = Manifest.open(prepared / "shards" / "train")
-    states = _states(LabelTable.open(prepared / "labels" / "train.arrow"), manifest)
-    thresholds = []
-    for epoch, own in enumerate(logits[0], start=1):
-        histogram = np.bincount(bin_of(own[states == UNOBSERVED].astype(np.float32)), minlength=1 << 16)
-        thresholds.append(least_rejected_bin(histogram, float(reject_rate(settings.loss, epoch))))
-    overlay = read_checkpoint(folder, committed(folder)[-1]).tensors["progress"]["overlay"].numpy().tolist()
-    assert overlay  # LL-Cp has corrected some
-    place = {manifest.key(n): n for n in range(len(manifest))}
+    assert about["checkpoints"] == list_checkpoints(trained[0])
     for row in rows:
-        by = np.array(row["logit_by_checkpoint"], np.float32)
-        # A threshold may lie one bin off, where rounding moves a score over a bin's edge.
-        sure, most = (int((bin_of(by) >= np.array(thresholds) + off).sum()) for off in (1, -1))
-        assert sure <= row["rejected_in"] <= most if row["state"] == "unobserved" else row["rejected_in"] == 0
-        assert row["corrected"] == (place[row["key"]] * K + CLASSES.index(row["mid"]) in overlay)
+        by_checkpoint = np.array(row["logit_by_checkpoint"], np.float32)
         sign = -1 if row["state"] == "positive" else 1
         offset = row["logit"] - sign * row["score"]
-        least = min(other["score"] for other in rows if other["kind"] == row["kind"])
-        assert row["agreement"] == pytest.approx((sign * (by - offset) >= least).mean())
-    assert any(row["corrected"] for row in rows)
-    assert any(row["rejected_in"] for row in rows)
+        lowest = min(other["score"] for other in rows if other["kind"] == row["kind"])
+        assert row["agreement"] == pytest.approx((sign * (by_checkpoint - offset) >= lowest).mean())
 
 
-def test_the_csv_has_the_form_of_open_images_and_the_page_shows_the_stored_pictures(done, prepared: Path) -> None:
-    _, out, said = done
-    rows = pq.read_table(out / "finds.parquet").to_pylist()
-    with open(out / "finds.csv", newline="") as file:
-        lines = list(csv.reader(file))
-    assert lines[0] == ["ImageID", "Source", "LabelName", "Confidence"]
-    assert [(line[0], line[2]) for line in lines[1:]] == [(row["key"], row["mid"]) for row in rows]
-    np.testing.assert_allclose([float(line[3]) for line in lines[1:]], [row["probability"] for row in rows], atol=1e-6)
+def test_the_csv_has_the_open_images_format_and_the_page_has_the_images(done, prepared: Path) -> None:
+    _, out, lines = done
+    rows = pq.read_table(out / "issues.parquet").to_pylist()
+    with open(out / "issues.csv", newline="") as file:
+        cells = list(csv.reader(file))
+    assert cells[0] == ["ImageID", "Source", "LabelName", "Confidence"]
+    assert [(cell[0], cell[2]) for cell in cells[1:]] == [(row["key"], row["mid"]) for row in rows]
+    np.testing.assert_allclose([float(cell[3]) for cell in cells[1:]], [row["probability"] for row in rows], atol=1e-6)
     page = (out / "page.html").read_text("utf-8")
-    found = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)
-    assert found is not None
-    data = json.loads(found[1])
-    assert [(find["key"], find["mid"], find["rank"]) for find in data["finds"]] == [
+    block = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)
+    assert block is not None
+    data = json.loads(block[1])
+    assert [(issue["key"], issue["mid"], issue["rank"]) for issue in data["issues"]] == [
         (row["key"], row["mid"], row["rank"]) for row in rows
     ]
-    assert len(data["pictures"]) == len({row["key"] for row in rows})  # once for all finds of an image
-    assert any("page.html" in line for line in said)
+    assert len(data["thumbnails"]) == len({row["key"] for row in rows})  # one for all issues of an image
+    assert any("page.html" in line for line in lines)
 
 
-def test_settings_bound_the_finds(trained, tmp_path: Path) -> None:
+def test_settings_limit_the_issues(trained, tmp_path: Path) -> None:
     few = AuditSettings(
         run=trained[0],
-        finds=9,
-        observed_finds=0,
-        most_per_class=2,
+        missing=9,
+        wrong=0,
+        max_per_class=2,
         checkpoints=1,
         mirror=False,
         images="all",
         out=str(tmp_path),
     )
-    finds = audit(few, lambda line: None)
-    assert len(finds) == 9
-    assert np.bincount(finds.cls).max() <= 2
-    assert len(pq.read_table(tmp_path / "finds.parquet")["logit_by_checkpoint"][0]) == 1
+    issues = audit(few, lambda line: None)
+    assert len(issues) == 9
+    assert np.bincount(issues.cls).max() <= 2
+    assert len(pq.read_table(tmp_path / "issues.parquet")["logit_by_checkpoint"][0]) == 1
 
 
-def test_finds_do_not_depend_on_the_batches_nor_on_the_finds_asked_for(done, trained, tmp_path: Path) -> None:
+def test_issues_do_not_depend_on_batch_size_and_number_of_issues(done, trained, tmp_path: Path) -> None:
     again = audit(
-        AuditSettings(run=trained[0] + "@newest", finds=10, observed_finds=3, batch_size=32, out=str(tmp_path)),
+        AuditSettings(run=trained[0] + "@newest", missing=10, wrong=3, batch_size=32, out=str(tmp_path)),
         lambda line: None,
     )
     first = done[0]
-    for kind, count in (("unobserved-positive", 10), ("observed-wrong", 3)):
-        own, whole = again.kind == kind, first.kind == kind
-        np.testing.assert_allclose(again.score[own], first.score[whole][:count], atol=1e-5)
+    for kind, count in (("missing", 10), ("wrong", 3)):
+        fewer, more = again.kind == kind, first.kind == kind
+        np.testing.assert_allclose(again.score[fewer], first.score[more][:count], atol=1e-5)
 
 
 def test_a_run_trained_from_a_layer_scores_as_its_whole_network(prepared: Path, tmp_path: Path) -> None:
@@ -204,86 +184,70 @@ def test_a_run_trained_from_a_layer_scores_as_its_whole_network(prepared: Path, 
         data={"features_dir": str(tmp_path / "f")},
         epochs=1,
     )
-    auditor = open_auditor(folder)
-    assert auditor.models[0].on_features
+    (run,) = open_checkpoints(folder)
     split = open_split(settings.data, "train", "labels/train.arrow", images="observed")
-    batch = next(iter(eval_loader(settings, split, SIZE, World())))
-    with torch.inference_mode():
-        for view, images in zip(auditor.views(True), (batch.images, batch.images.flip(2)), strict=True):
-            maps = auditor.models[0].maps(view(batch))
-            model = build_model(settings.model, K)
-            model.load_state_dict(auditor.models[0].state_dict())
-            pixels = (images / 255.0 - torch.tensor(settings.model.pixel_mean)) / 0.25
-            torch.testing.assert_close(maps, model.eval().maps(pixels.permute(0, 3, 1, 2)), atol=1e-4, rtol=1e-4)
+    images = next(iter(eval_loader(settings.data, split, SIZE, World(), batch_size=16))).images
+    model = build_model(settings.model, K)
+    model.load_state_dict(run.model.state_dict())
+    pixels = (images / 255.0 - torch.tensor(model.info.mean)) / torch.tensor(model.info.std)
+    with torch.no_grad():
+        expected = model.eval().maps(pixels.permute(0, 3, 1, 2))
+    torch.testing.assert_close(run.maps(images), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"finds": -1}, "finds is -1"),
-        ({"finds": 0, "observed_finds": 0}, "nothing to find"),
+        ({"missing": -1}, "missing is -1"),
+        ({"missing": 0, "wrong": 0}, "missing and wrong are 0"),
         ({"checkpoints": 0}, "checkpoints is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"run": "a:alpha=0.5"}, "at least 1"),
-        ({"images": "some"}, "observed, positive or all"),
+        ({"images": "some"}, "'some'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(changes: dict, message: str) -> None:
+def test_invalid_settings_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         AuditSettings(**changes)
 
 
-def test_what_cannot_be_audited_is_said(trained, prepared: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no run"):
+def test_inputs_that_cannot_be_audited_are_refused(trained, prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"run\.json"):
         audit(AuditSettings(run=str(tmp_path), out=str(tmp_path / "out")), lambda line: None)
-    with pytest.raises(DataError, match="not there"):
+    with pytest.raises(DataError, match="other"):
         audit(AuditSettings(run=trained[0], split="other", out=str(tmp_path / "out")), lambda line: None)
-    with pytest.raises(SettingsError, match="is not in"):
+    with pytest.raises(SettingsError, match="step-000000999"):
         audit(AuditSettings(run=trained[0] + "@step-000000999", out=str(tmp_path / "out")), lambda line: None)
 
 
-@pytest.fixture
-def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Runs jobs/audit_labels.py in this process: its exit status and what it said."""
-    spec = importlib.util.spec_from_file_location("audit_labels", ROOT / "jobs" / "audit_labels.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run_job(*options: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["jobs/audit_labels.py", *map(str, options)])
+def test_the_command_takes_a_config_and_fails_with_one_message(
+    trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_command(*options: object) -> tuple[int, str]:
         try:
-            status = module.main()
+            status = main(["audit", *map(str, options)])
         except SystemExit as stop:
             status = int(stop.code or 0)
-        said = "".join(capsys.readouterr())
-        assert "Traceback" not in said
-        return status, said
+        output = "".join(capsys.readouterr())
+        assert "Traceback" not in output
+        return status, output
 
-    return run_job
-
-
-def test_the_job_takes_a_config_and_fails_with_one_message(job, trained, tmp_path: Path) -> None:
-    status, said = job("--help")
-    assert status == 0
-    assert "--observed_finds" in said
-    config = tmp_path / "audit.yaml"
-    config.write_text(f"run: {trained[0]}\nfinds: 4\nobserved_finds: 2\nout: {tmp_path / 'out'}\n")
-    status, said = job("--config", config, "--finds", 5)
-    assert (status, "in " + str(tmp_path / "out") in said) == (0, True)
-    assert len(pq.read_table(tmp_path / "out" / "finds.parquet")) == 7
-    status, said = job("--run", tmp_path / "none", "--out", tmp_path / "out")
+    config, out = tmp_path / "audit.yaml", tmp_path / "out"
+    config.write_text(f"run: {trained[0]}\nmissing: 4\nwrong: 2\nout: {out}\n")
+    status, output = run_command("--config", config, "--missing", 5)
+    assert (status, f"to {out}" in output) == (0, True)
+    assert len(pq.read_table(out / "issues.parquet")) == 7
+    status, output = run_command("--run", tmp_path / "none", "--out", out)
     assert status == 1
-    assert "holds no run" in said
-    status, said = job("--finds", "many")
+    assert str(tmp_path / "none") in output
+    status, output = run_command("--missing", "many")
     assert status == 2
 
 
 def test_verdicts_become_a_new_version_of_the_prepared_tables(tmp_path: Path) -> None:
     scenes = write_scenes(tmp_path / "scenes", train=30, others=8)
     shutil.copytree(scenes / "2017_11", scenes / "full")
-    given = {
+    options = {
         "out": str(tmp_path / "data"),
         "release": str(scenes / "2017_11"),
         "images": str(scenes / "images"),
@@ -293,7 +257,7 @@ def test_verdicts_become_a_new_version_of_the_prepared_tables(tmp_path: Path) ->
         "shards": ShardSettings(size=32, samples_per_shard=15),
         "workers": 1,
     }
-    prepare(PrepareSettings(**given), lambda line: None)
+    prepare(PrepareSettings(**options), lambda line: None)
     labels = tmp_path / "data" / "labels"
     old = {name: LabelTable.open(labels / f"{name}.arrow") for name in ("train", "train-single")}
     digests = {name: table.digest for name, table in old.items()}
@@ -304,15 +268,15 @@ def test_verdicts_become_a_new_version_of_the_prepared_tables(tmp_path: Path) ->
     verdicts.write_text(
         f"ImageID,Source,LabelName,Confidence\n{key},verification,{mid},0\n{key},verification,{other},1\n"
     )
-    said: list[str] = []
-    prepare(PrepareSettings(**given, verdicts=(str(verdicts),)), said.append)
+    lines: list[str] = []
+    prepare(PrepareSettings(**options, verdicts=(str(verdicts),)), lines.append)
     for name, digest in digests.items():
         assert LabelTable.open(labels / f"{name}.arrow").digest == digest
         new = LabelTable.open(labels / f"{name}-audited.arrow")
         assert new.metadata["verdicts_on"] == digest
         row = new.lookup(new.rows_of([key]))
-        found = {new.classes[k]: s for k, s in zip(row.cls.tolist(), row.state.tolist(), strict=True)}
-        assert (found[mid], found[other]) == (0, 1)
-    assert any("1 overturned" in line for line in said)
+        states = {new.classes[k]: s for k, s in zip(row.cls.tolist(), row.state.tolist(), strict=True)}
+        assert (states[mid], states[other]) == (0, 1)
+    assert any("1 overturned" in line for line in lines)
     with pytest.raises(SettingsError, match="verdicts_split is 'test'"):
-        PrepareSettings(**given, verdicts=(str(verdicts),), verdicts_split="test")
+        PrepareSettings(**options, verdicts=(str(verdicts),), verdicts_split="test")

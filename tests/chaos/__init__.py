@@ -1,1 +1,1 @@
-"""Faults of all kinds that strike one after another over one training."""
+"""Random faults of all kinds, injected one after another into one training."""

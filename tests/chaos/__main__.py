@@ -1,4 +1,4 @@
-"""`python -m tests.chaos --count 200 --seed 0 --report benchmarks/chaos.md`: a long campaign."""
+"""`python -m tests.chaos --count 200 --seed 0 --report benchmarks/chaos.md`: a long campaign of random faults."""
 
 import argparse
 import sys
@@ -10,13 +10,13 @@ from tests.chaos.schedule import FORMS
 
 
 def main() -> int:
-    """Exit status 1 where a promise was broken."""
+    """Returns 1 if a guarantee was violated."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--forms", nargs="*", choices=FORMS, default=list(FORMS))
     parser.add_argument("--report", type=Path)
-    parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
+    parser.add_argument("--keep", type=Path, help="work in this folder and keep it")
     chosen = parser.parse_args()
     counts = split(chosen.count, chosen.forms)
 
@@ -31,7 +31,7 @@ def main() -> int:
         if chosen.report:
             save(campaign, chosen.report)
         print(report(campaign))
-        return 0 if campaign.kept else 1
+        return 0 if campaign.passed else 1
 
     if chosen.keep:
         chosen.keep.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Inside a training that is to be struck: what each step was computed from, and faults of the program's own.
+"""Inside a training under faults: a trace of its steps, and faults of the program itself.
 
-PAML_CHAOS names a folder. `trace/` gets a line a step; a file `orders/<rank>-<place>` is obeyed once, at that place.
+PAML_CHAOS names a folder. `trace/` receives a line per step; a file `orders/<rank>-<point>` is executed once, there.
 """
 
 import functools
@@ -18,56 +18,56 @@ from paml.data.loader import Batch, Loader
 from paml.training import loop
 from paml.training.state import TrainState
 
-PLACES = ("step", "loader")
+POINTS = ("step", "loader")
 
 
 def folder() -> Path:
-    """Where traces and orders lie."""
+    """Folder of traces and orders."""
     return Path(os.environ["PAML_CHAOS"])
 
 
 def install() -> None:
-    """Trace the steps of this process and obey orders."""
-    if getattr(loop, "struck", False):
+    """Trace the steps of this process and execute orders."""
+    if getattr(loop, "injected", False):
         return
-    loop.struck = True  # pyright: ignore[reportAttributeAccessIssue]
+    loop.injected = True  # pyright: ignore[reportAttributeAccessIssue]
     real_step, real_iter = loop.train_step, Loader.__iter__
 
     @functools.wraps(real_step)
     def traced(state: TrainState, batch: Batch, *, last: bool) -> None:
-        obey("step")
+        execute_order("step")
         real_step(state, batch, last=last)
         line = {
             "time": time.monotonic(),
             "rank": state.world.rank,
             "epoch": state.epoch,
             "step": batch.step,
-            "done": state.optimiser_step,
+            "done": state.optimizer_step,
             "images": batch.index.tolist(),
         }
         with (folder() / "trace" / f"{os.getpid()}-{state.world.rank}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def obedient(self: Loader) -> Iterator[Batch]:
+    def with_orders(self: Loader) -> Iterator[Batch]:
         for batch in real_iter(self):
-            obey("loader")
+            execute_order("loader")
             yield batch
 
     loop.train_step = traced
-    Loader.__iter__ = obedient
+    Loader.__iter__ = with_orders
 
 
-def obey(place: str) -> None:
-    """Do what an order says, once."""
+def execute_order(point: str) -> None:
+    """Execute an order, once."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    order = folder() / "orders" / f"{rank}-{place}"
+    order = folder() / "orders" / f"{rank}-{point}"
     try:
         kind = order.read_text()
         order.unlink()
     except FileNotFoundError:
         return
     if kind == "exception":
-        raise RuntimeError("a fault that was ordered")
+        raise RuntimeError("an injected fault")
     if kind == "allocation":
         torch.empty(1 << 55)
     elif kind == "deadlock":
@@ -78,7 +78,7 @@ def obey(place: str) -> None:
 
 
 def install_on_workers() -> None:
-    """In the driver: let Ray Train's workers be traced and obey."""
+    """In the driver: have Ray Train's workers trace and execute orders."""
     from paml.distributed import ray_train
 
     ray_train._worker = functools.partial(_worker, ray_train._worker)

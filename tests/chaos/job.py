@@ -1,24 +1,22 @@
-"""jobs/train_openimages.py, traced and ready to be struck."""
+"""`paml train`, with traces and orders."""
 
 import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "jobs")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def main() -> int:
-    """As the job's own."""
-    import train_openimages
-
+    """Run the command."""
+    from paml import cli
     from tests.chaos import inject
 
-    if os.environ["PAML_CHAOS_FORM"] == "plain":  # Ray takes seconds to load
+    if os.environ["PAML_CHAOS_FORM"] == "plain":  # importing Ray takes seconds
         inject.install()
     else:
         inject.install_on_workers()
-    return train_openimages.main()
+    return cli.main(["train", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

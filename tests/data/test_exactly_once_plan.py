@@ -1,4 +1,4 @@
-"""Every sample exactly once an epoch, in the same global batches, whatever the workers and wherever a run begins."""
+"""Every sample exactly once per epoch, in the same global batches for any number of workers and any first step."""
 
 import numpy as np
 import pytest
@@ -6,14 +6,14 @@ import pytest
 from paml.data.plan import EpochPlan, Samples, plan_epoch, worker_slots
 
 EPOCHS, SEED = (1, 2, 3), 11
-# Samples of each shard and slots of the global batch.
+# (samples of each shard, batch size)
 CASES = {
     "uneven shards": ([1, 40, 7, 3, 90, 2, 55, 13], 16),
     "fewer shards than streams": ([70, 1, 29], 24),
     "one shard": ([97], 10),
-    "a shard a sample": ([1] * 61, 7),
+    "one sample per shard": ([1] * 61, 7),
     "batch divides the samples": ([25, 25, 50], 20),
-    "one batch a stream short": ([12, 19], 32),
+    "one batch with short streams": ([12, 19], 32),
     "fewer samples than workers": ([2, 1], 8),
     "fewer slots than workers": ([20, 30, 10], 3),
 }
@@ -23,7 +23,7 @@ MANY = (1, 2, 3, 7, 8, 31, 64, 100, 333, 512, 1000, 1023, 1024)
 
 def samples_of(sizes: list[int]) -> Samples:
     count = sum(sizes)
-    shard = np.repeat(np.arange(len(sizes), dtype=np.int32) * 2, sizes)  # some shards hold nothing that takes part
+    shard = np.repeat(np.arange(len(sizes), dtype=np.int32) * 2, sizes)  # some shards have no sample
     return Samples(index=np.arange(count) * 5, row=np.arange(count), shard=shard)
 
 
@@ -32,16 +32,16 @@ def plan_of(samples: Samples, batch: int, epoch: int, slots: tuple[int, int] | N
 
 
 def batches_of(plans: list[EpochPlan], ranges: list[tuple[int, int]], start: int) -> list[list[tuple[int, int]]]:
-    """The global batches from `start` on as (slot, sample), put together from what each worker's own plan says."""
-    found = []
+    """The global batches from `start` on as (slot, sample) pairs, assembled from the workers' plans."""
+    batches = []
     for step in range(start, plans[0].steps):
         parts = [plan.batch(step, own) for plan, own in zip(plans, ranges, strict=True)]
-        found.append([(int(slot), int(sample)) for part in parts for slot, sample in zip(*part, strict=True)])
-    return found
+        batches.append([(int(slot), int(sample)) for part in parts for slot, sample in zip(*part, strict=True)])
+    return batches
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_three_epochs_of_any_workers_from_any_step(case: str) -> None:
+def test_batches_are_the_same_for_all_workers_and_starts(case: str) -> None:
     sizes, batch = CASES[case]
     samples = samples_of(sizes)
     for epoch in EPOCHS:
@@ -52,20 +52,20 @@ def test_three_epochs_of_any_workers_from_any_step(case: str) -> None:
         for workers in WORKERS:
             ranges = [worker_slots(batch, rank, workers) for rank in range(workers)]
             plans = [plan_of(samples, batch, epoch, slots=own) for own in ranges]
-            assert len({plan.steps for plan in plans}) == 1  # nobody waits for a step that another does not make
+            assert len({plan.steps for plan in plans}) == 1  # all workers make the same steps
             for start in range(len(alone) + 1):
                 assert batches_of(plans, ranges, start) == alone[start:]
 
 
-def test_epochs_hold_the_same_samples_in_another_order() -> None:
+def test_epochs_have_the_same_samples_in_another_order() -> None:
     samples = samples_of([1, 40, 7, 3, 90, 2, 55, 13])
     orders = [plan_of(samples, 16, epoch).order.tolist() for epoch in EPOCHS]
     assert len({tuple(order) for order in orders}) == len(EPOCHS)
     assert len({tuple(sorted(order)) for order in orders}) == 1
 
 
-@pytest.mark.parametrize("batch", [1000, 1024, 2500], ids=["fewer slots than workers", "a slot each", "uneven"])
-def test_up_to_1024_workers_make_the_same_global_batches(batch: int) -> None:
+@pytest.mark.parametrize("batch", [1000, 1024, 2500], ids=["fewer slots than workers", "one slot per worker", "uneven"])
+def test_batches_are_the_same_for_up_to_1024_workers(batch: int) -> None:
     rng = np.random.default_rng(3)
     samples = samples_of(rng.integers(1, 500, 60).tolist())
     whole = plan_of(samples, batch, 2)

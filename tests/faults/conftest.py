@@ -1,11 +1,11 @@
-"""A bucket behind faults, with waits short enough for tests."""
+"""A bucket behind a fault proxy, with waits short enough for tests."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
 
-from paml import s3
+from paml.storage import s3_requests
 from tests.helpers.fault_proxy import FaultyS3, faulty_s3
 
 PATIENCE = {"PAML_S3_READ_SECONDS": "0.5", "PAML_S3_WAIT_SECONDS": "0.01", "PAML_S3_MAX_WAIT_SECONDS": "0.1"}
@@ -13,19 +13,19 @@ PATIENCE = {"PAML_S3_READ_SECONDS": "0.5", "PAML_S3_WAIT_SECONDS": "0.01", "PAML
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[FaultyS3]:
-    with faulty_s3(share=0.0, silence_seconds=5.0, slow_seconds=0.2) as running:
+    with faulty_s3(fraction=0.0, silence_seconds=5.0, slow_seconds=0.2) as running:
         yield running
 
 
 @pytest.fixture
 def faulty(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    """The server with no fault planned and the environment of a process that uses it."""
+    """The server without planned faults, and the environment to use it."""
     for name, value in (server.environment | PATIENCE).items():
         monkeypatch.setenv(name, value)
     before = server.proxy.plan
-    server.proxy.plan = type(before)(share=0.0, silence_seconds=5.0, slow_seconds=0.2)
+    server.proxy.plan = type(before)(fraction=0.0, silence_seconds=5.0, slow_seconds=0.2)
     server.proxy.seen.clear()
-    monkeypatch.setattr(s3, "_named", set())
+    monkeypatch.setattr(s3_requests, "_logged", set())
     yield server
     server.proxy.plan = before
     server.proxy.clear_script()

@@ -1,4 +1,4 @@
-"""Preparation and training where a fifth of all requests to S3 fail: they finish, with the same bytes and batches."""
+"""Preparation and training while a fifth of all requests to S3 fail: same bytes and same batches."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from paml import storage
-from paml.prepare import PrepareSettings, prepare
+from paml.preparation.prepare import PrepareSettings, prepare
 from paml.shards import ShardSettings, verify_shards
 from tests.faults.conftest import PATIENCE
 from tests.helpers.fault_proxy import FaultyS3, faulty_s3
@@ -23,24 +23,24 @@ STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def restless() -> Iterator[FaultyS3]:
-    with faulty_s3(share=0.2, max_in_a_row=None, silence_seconds=10.0, slow_seconds=0.5, seed=5) as running:
+def faulty() -> Iterator[FaultyS3]:
+    with faulty_s3(fraction=0.2, max_in_a_row=None, silence_seconds=10.0, slow_seconds=0.5, seed=5) as running:
         yield running
 
 
 @pytest.fixture
-def bucket(restless: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in (restless.environment | PATIENCE | {"PAML_CACHE": str(tmp_path / "cache")}).items():
+def bucket(faulty: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in (faulty.environment | PATIENCE | {"PAML_CACHE": str(tmp_path / "cache")}).items():
         monkeypatch.setenv(name, value)
-    restless.proxy.seen.clear()
-    return restless.make_bucket("b" + os.urandom(6).hex())
+    faulty.proxy.seen.clear()
+    return faulty.make_bucket("b" + os.urandom(6).hex())
 
 
 def put_folder(folder: Path, target: str) -> None:
-    """Upload all files, through the faults."""
+    """Upload all files."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            storage.upload(str(path), storage.join(target, path.relative_to(folder).as_posix()))
+            storage.copy(str(path), storage.join(target, path.relative_to(folder).as_posix()))
 
 
 def all_bytes(folder: str) -> dict[str, bytes]:
@@ -48,79 +48,77 @@ def all_bytes(folder: str) -> dict[str, bytes]:
     return {name: storage.read_bytes(storage.join(folder, name)) for name in storage.list_files(folder)}
 
 
-def assert_a_fifth_failed(s3: FaultyS3, least: int) -> None:
+def assert_a_fifth_failed(s3: FaultyS3, min_requests: int) -> None:
     requests, broken = s3.proxy.requests, s3.proxy.broken
-    assert requests > least
+    assert requests > min_requests
     assert abs(broken / requests - 0.2) < 4 * math.sqrt(0.2 * 0.8 / requests)
     assert len(s3.proxy.counts) >= min(5, broken // 3)
 
 
-@pytest.mark.slow
-def test_preparation_from_a_bucket_into_a_bucket_has_the_same_bytes(
-    restless: FaultyS3, bucket: str, tmp_path: Path
-) -> None:
+@pytest.mark.soak
+def test_preparation_in_a_bucket_writes_the_same_bytes(faulty: FaultyS3, bucket: str, tmp_path: Path) -> None:
     scenes = write_scenes(tmp_path / "scenes", train=120, others=20)
-    sound = PrepareSettings(
-        out=str(tmp_path / "sound"),
+    local = PrepareSettings(
+        out=str(tmp_path / "local"),
         release=str(scenes / "2017_11"),
         images=str(scenes / "images"),
         shards=ShardSettings(size=32, samples_per_shard=20),
         workers=2,
     )
-    prepare(sound, say=lambda line: None)
+    prepare(local, log=lambda line: None)
     put_folder(scenes, f"{bucket}/scenes")
-    for images_from, only_labelled in (("folder", False), ("bucket", True)):
+    for images_from, only_labeled in (("folder", False), ("bucket", True)):
         out = f"{bucket}/prepared-{images_from}"
-        restless.proxy.seen.clear()
+        faulty.proxy.seen.clear()
         prepare(
             dataclasses.replace(
-                sound,
+                local,
                 out=out,
                 release=f"{bucket}/scenes/2017_11",
                 images=f"{bucket}/scenes/images",
                 images_from=images_from,
-                only_labelled=only_labelled,
+                only_labeled=only_labeled,
             ),
-            say=lambda line: None,
+            log=lambda line: None,
         )
-        assert_a_fifth_failed(restless, 300)
+        assert_a_fifth_failed(faulty, 300)
         for split in ("train", "validation", "test"):
-            found, expected = all_bytes(f"{out}/shards/{split}"), all_bytes(f"{sound.out}/shards/{split}")
+            actual, expected = all_bytes(f"{out}/shards/{split}"), all_bytes(f"{local.out}/shards/{split}")
             tars = [name for name in expected if name.endswith(".tar")]
-            assert [name for name in found if name.endswith(".tar")] == tars
+            assert [name for name in actual if name.endswith(".tar")] == tars
             assert len(tars) >= 1
             for name in [*tars, "rejects.csv"]:
-                assert found[name] == expected[name], name
+                assert actual[name] == expected[name], name
             assert verify_shards(f"{out}/shards/{split}").ok
 
 
-@pytest.mark.slow
-def test_training_from_a_bucket_sees_the_same_batches(
-    restless: FaultyS3, bucket: str, prepared: Path, tmp_path: Path
+@pytest.mark.soak
+def test_training_from_a_bucket_reads_the_same_batches(
+    faulty: FaultyS3, bucket: str, prepared: Path, tmp_path: Path
 ) -> None:
     put_folder(prepared, f"{bucket}/data")
     expected = trace_steps(0, tiny_settings(prepared, tmp_path / "none"), STEPS)
-    restless.proxy.seen.clear()
-    found = trace_steps(0, tiny_settings(Path("."), tmp_path / "none", data={"root": f"{bucket}/data"}), STEPS)
-    assert_a_fifth_failed(restless, 20)
+    faulty.proxy.seen.clear()
+    actual = trace_steps(0, tiny_settings(Path("."), tmp_path / "none", data={"root": f"{bucket}/data"}), STEPS)
+    assert_a_fifth_failed(faulty, 20)
     for name in ("places", "flips", "slots", "rejected"):
-        for one, other in zip(getattr(found, name), getattr(expected, name), strict=True):
+        for one, other in zip(getattr(actual, name), getattr(expected, name), strict=True):
             np.testing.assert_array_equal(one, other)
-    assert found.losses == expected.losses
-    assert all(torch.equal(found.weights[name], value) for name, value in expected.weights.items())
+    assert actual.losses == expected.losses
+    assert all(torch.equal(actual.weights[name], value) for name, value in expected.weights.items())
 
 
 @pytest.mark.slow
-def test_a_run_with_its_data_and_its_storage_in_a_bucket_ends_as_a_local_one(
-    restless: FaultyS3, bucket: str, prepared: Path, tmp_path: Path
+def test_run_with_data_and_storage_in_a_bucket_equals_a_local_run(
+    faulty: FaultyS3, bucket: str, prepared: Path, tmp_path: Path
 ) -> None:
     put_folder(prepared, f"{bucket}/data")
     expected = run(tiny_settings(prepared, tmp_path / "runs"))
-    restless.proxy.seen.clear()
-    found = run(tiny_settings(Path("."), tmp_path, data={"root": f"{bucket}/data"}, run={"storage": f"{bucket}/runs"}))
+    faulty.proxy.seen.clear()
+    actual = run(tiny_settings(Path("."), tmp_path, data={"root": f"{bucket}/data"}, run={"storage": f"{bucket}/runs"}))
     assert expected is not None
-    assert found is not None
-    assert_a_fifth_failed(restless, 50)
+    assert actual is not None
+    assert_a_fifth_failed(faulty, 50)
     local = {name: data for name, data in all_bytes(str(tmp_path / "runs")).items() if name.endswith(".safetensors")}
     remote = {name: data for name, data in all_bytes(f"{bucket}/runs").items() if name.endswith(".safetensors")}
     assert local

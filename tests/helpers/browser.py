@@ -1,4 +1,4 @@
-"""A headless browser, where one is installed: opens a page from its file and runs JavaScript in it."""
+"""A headless browser, if one is installed: opens a page and runs JavaScript in it."""
 
 import base64
 import hashlib
@@ -16,25 +16,27 @@ from typing import Any
 
 import pytest
 
-SHOWN = """(body => {
+from tests.helpers.jobs import terminate
+
+PAGE_TEXT = """(body => {
     body.querySelectorAll("script, style").forEach(part => part.remove());
     return body.textContent.replace(/\\s+/g, " ");
 })(document.body ? document.body.cloneNode(true) : document.createElement("body"))"""
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+COMMANDS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def find_browser() -> str | None:
-    """The path of a Chromium, None where there is none."""
-    return next((found for name in NAMES if (found := shutil.which(name))), None)
+    """The path of a Chromium, or None."""
+    return next((path for name in COMMANDS if (path := shutil.which(name))), None)
 
 
 class Browser:
-    """One page in a headless Chromium, spoken to over its own debugging protocol."""
+    """One page in a headless Chromium, controlled by the DevTools protocol."""
 
     def __init__(self, profile: Path, height: int = 900, width: int = 1280) -> None:
         path = find_browser()
         if path is None:
-            pytest.skip(f"no browser is installed (looked for {', '.join(NAMES)})")
+            pytest.skip(f"no browser is installed (looked for {', '.join(COMMANDS)})")
         self._process = subprocess.Popen(
             [
                 path,
@@ -50,7 +52,7 @@ class Browser:
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
-        port_file, limit = profile / "DevToolsActivePort", time.monotonic() + 60
+        port_file, limit = profile / "DevToolsActivePort", time.monotonic() + 180
         while not (port_file.exists() and "\n" in port_file.read_text()):
             if self._process.poll() is not None or time.monotonic() > limit:
                 self.close()
@@ -62,7 +64,7 @@ class Browser:
         self._connect(port, target["webSocketDebuggerUrl"])
         self._number = 0
         self.problems: list[str] = []
-        """Exceptions and errors that the page's console was told, the policy's refusals among them."""
+        """Exceptions and console errors of the page, including violations of its content security policy."""
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
@@ -103,7 +105,7 @@ class Browser:
         return json.loads(data)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command of the protocol and its result."""
+        """Send a command of the protocol and return its result."""
         self._number += 1
         self._send(json.dumps({"id": self._number, "method": method, "params": parameters}))
         while True:
@@ -119,17 +121,17 @@ class Browser:
     def open(self, page: Path) -> None:
         """Load a file and wait until its script has run."""
         self.call("Page.navigate", url=page.as_uri())
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 180
         while self.run("document.readyState + location.href") != "complete" + page.as_uri():
             assert time.monotonic() < limit, "the page does not load"
             time.sleep(0.05)
 
     def visit(self, url: str, *texts: str, limit_s: float = 180) -> str:
-        """Load a page whose scripts fetch what it shows, wait until all the texts stand in it, give its whole text."""
-        self.call("Page.navigate", url="about:blank")  # a change of the part behind `#` alone would load nothing
+        """Load a page, wait until it contains all the texts and return all of its text."""
+        self.call("Page.navigate", url="about:blank")  # changing only the fragment would load nothing
         self.call("Page.navigate", url=url)
         limit = time.monotonic() + limit_s
-        while missing := [text for text in texts if text not in (shown := self.run(SHOWN))]:
+        while missing := [text for text in texts if text not in (shown := self.run(PAGE_TEXT))]:
             assert time.monotonic() < limit, f"{missing} are not shown by {url} within {limit_s:.0f} s, but: {shown}"
             time.sleep(0.5)
         return shown
@@ -138,28 +140,28 @@ class Browser:
         """Wait until an expression is true in the page."""
         limit = time.monotonic() + limit_s
         while not self.run(script):
-            assert time.monotonic() < limit, f"waited {limit_s:.0f} s for {what}; the page shows: {self.run(SHOWN)}"
+            assert time.monotonic() < limit, f"waited {limit_s:.0f} s for {what}; the page shows: {self.run(PAGE_TEXT)}"
             time.sleep(0.2)
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; promises are awaited."""
-        found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
 
     def press(self, key: str) -> None:
-        """A key, pressed as a person does."""
+        """Press a key."""
         text = {"text": key} if len(key) == 1 else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
-    def downloads_to(self, folder: Path) -> None:
-        """Where what the page saves goes."""
+    def set_download_folder(self, folder: Path) -> None:
+        """Set the folder for downloads."""
         self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
 
-    def still(self, seconds: float = 2.0, limit_s: float = 60) -> None:
-        """Wait until the page's text and pictures have stayed as they are for so long."""
-        script = f"({SHOWN}).length + ' ' + [...document.images].map(i => i.complete && i.naturalWidth).join()"
+    def wait_until_unchanged(self, seconds: float = 2.0, limit_s: float = 60) -> None:
+        """Wait until the page's text and images have not changed for `seconds`, at most `limit_s`."""
+        script = f"({PAGE_TEXT}).length + ' ' + [...document.images].map(i => i.complete && i.naturalWidth).join()"
         end, since, before = time.monotonic() + limit_s, time.monotonic(), None
         while time.monotonic() - since < seconds and time.monotonic() < end:
             if (now := self.run(script)) != before:
@@ -167,14 +169,9 @@ class Browser:
             time.sleep(0.2)
 
     def screenshot(self, path: Path) -> None:
-        """What the page looks like."""
+        """A PNG image of the page."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def close(self) -> None:
-        """End the browser."""
-        self._process.terminate()
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        """Close the browser."""
+        terminate(self._process)

@@ -1,8 +1,8 @@
-"""An S3 server for tests, some of whose requests fail: moto behind an HTTP proxy that breaks a seeded share of them.
+"""An S3 server for tests with failing requests: moto behind an HTTP proxy that breaks a seeded fraction of them.
 
-As a fixture: `with faulty_s3(share=0.2) as s3: ...`, with `s3.environment` in the environment. By itself:
-`python -m tests.helpers.fault_proxy --share 0.2 --port 9900 --bucket images`. Whether a request fails depends on
-the seed, the request and how often it came before, so that threads and processes do not change what breaks.
+As a fixture: `with faulty_s3(fraction=0.2) as s3: ...`, with `s3.environment` in the environment. As a command:
+`python -m tests.helpers.fault_proxy --fraction 0.2 --port 9900 --bucket images`. Whether a request fails depends on
+the seed, the request and how often it was sent before, not on the order of threads and processes.
 """
 
 import argparse
@@ -30,7 +30,7 @@ KINDS: Mapping[str, str] = {
     "reset_body": "the connection is reset in the middle of the body",
     "stalled_body": "the body stops in the middle and the connection stays open",
     "cut_body": "the body ends in the middle, with the Content-Length of all of it, and the connection is closed",
-    "slow_body": "the body comes whole, in small pieces over `slow_seconds`",
+    "slow_body": "the complete body, in small pieces over `slow_seconds`",
 }
 _BODY_KINDS = ("reset_body", "stalled_body", "cut_body", "slow_body")
 _PIECES = 16
@@ -41,26 +41,26 @@ _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"
 class FaultPlan:
     """Which requests break. All fields may be changed while the proxy runs."""
 
-    share: float = 0.2
-    """Share of requests that break, 0 to 1."""
+    fraction: float = 0.2
+    """Fraction of requests that break, 0 to 1."""
     seed: int = 0
     kinds: Sequence[str] = tuple(KINDS)
-    """Each equally often."""
+    """Kinds of faults, equally frequent."""
     methods: Sequence[str] | None = None
     """Only these HTTP methods break; None for all."""
     match: str = ""
-    """Only requests whose path and query hold this."""
+    """Only requests whose path and query contain this."""
     max_in_a_row: int | None = 3
-    """The same request (method, path, query, range) never breaks more often than this one after the other."""
+    """The same request (method, path, query, range) never breaks more than this many times in a row."""
     silence_seconds: float = 60.0
-    """How long `silence` and `stalled_body` hold the connection; it ends before where the client gives up."""
+    """How long `silence` and `stalled_body` hold the connection, unless the client gives up first."""
     slow_seconds: float = 1.0
-    """How long a `slow_body` takes."""
+    """Duration of a `slow_body`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """One request that the proxy took."""
+    """A request that the proxy received."""
 
     method: str
     path: str
@@ -69,7 +69,7 @@ class Seen:
 
 
 class FaultProxy:
-    """The proxy before one server; thread-safe. `endpoint` is the URL that breaks, `upstream` the sound one."""
+    """The proxy in front of a server; thread-safe. `endpoint` is the faulty URL, `upstream` the one without faults."""
 
     def __init__(self, upstream: str, plan: FaultPlan | None = None, *, port: int = 0) -> None:
         self.upstream = upstream
@@ -88,7 +88,7 @@ class FaultProxy:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Broken requests by kind, those of no request left out."""
+        """Number of broken requests by kind, without zeros."""
         with self._lock:
             return dict(collections.Counter(seen.fault for seen in self.seen if seen.fault is not None))
 
@@ -101,21 +101,21 @@ class FaultProxy:
         return sum(self.counts.values())
 
     def script(self, method: str, *faults: str | None) -> None:
-        """Break the next requests of a method just so, None for a sound one; the plan goes on after them."""
+        """Break the next requests of a method in this way, None for no fault; then the plan continues."""
         self._script[method].extend(faults)
 
     def clear_script(self) -> None:
-        """Forget the faults that were scripted and did not come."""
+        """Remove the remaining scripted faults."""
         self._script.clear()
 
     @contextlib.contextmanager
     def calm(self) -> Iterator[None]:
         """Break nothing within the block."""
-        share, self.plan.share = self.plan.share, 0.0
+        fraction, self.plan.fraction = self.plan.fraction, 0.0
         try:
             yield
         finally:
-            self.plan.share = share
+            self.plan.fraction = fraction
 
     def draw(self, method: str, path: str, byte_range: str | None) -> str | None:
         """The fault of this request, if any."""
@@ -131,8 +131,8 @@ class FaultProxy:
                 and (plan.max_in_a_row is None or self._in_a_row[identity] < plan.max_in_a_row)
             ):
                 text = f"{plan.seed} {self._times[identity]} {identity}"
-                share, kind = struct.unpack("<QQ", hashlib.blake2b(text.encode(), digest_size=16).digest())
-                if share < plan.share * 2.0**64:
+                value, kind = struct.unpack("<QQ", hashlib.blake2b(text.encode(), digest_size=16).digest())
+                if value < plan.fraction * 2.0**64:
                     fault = plan.kinds[kind % len(plan.kinds)]
             self._in_a_row[identity] = self._in_a_row[identity] + 1 if fault else 0
             self.seen.append(Seen(method, path, byte_range, fault))
@@ -150,7 +150,7 @@ class _Server(http.server.ThreadingHTTPServer):
     proxy: FaultProxy
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that hang up are what this server is for."""
+        """Clients that disconnect are expected."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -169,7 +169,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             super().finish()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def _serve(self) -> None:
         proxy = self.server.proxy
@@ -201,7 +201,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif fault in _BODY_KINDS:
             self._send(answer[:half])
             if fault == "reset_body":
-                # Let the client take the first half: a reset drops what it has not read.
+                # Let the client read the first half: a reset drops what it has not read.
                 time.sleep(0.01)
                 self._reset()
             elif fault == "stalled_body":
@@ -225,7 +225,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _forward(self, body: bytes) -> tuple[int, str, list[tuple[str, str]], bytes]:
-        """(status, reason, headers, body) of the sound server's answer."""
+        """(status, reason, headers, body) of the upstream server's response."""
         headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
         if body or self.command in ("PUT", "POST"):
             headers["Content-Length"] = str(len(body))
@@ -245,14 +245,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     raise
         else:
             raise AssertionError("the loop leaves or raises")
-        kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in _HOP_BY_HOP]
+        headers = [(name, value) for name, value in answer.getheaders() if name.lower() not in _HOP_BY_HOP]
         length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
         if answer.status not in (204, 304):
-            kept.append(("Content-Length", length or "0"))
+            headers.append(("Content-Length", length or "0"))
         if answer.will_close:
             self._upstream.close()
             self._upstream = None
-        return answer.status, answer.reason, kept, data
+        return answer.status, answer.reason, headers, data
 
     def _refuse(self, status: int, code: str) -> None:
         text = f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>injected</Message></Error>'
@@ -268,7 +268,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _stay_silent(self) -> None:
-        """Until the client hangs up, the time is over, or the proxy closes."""
+        """Wait until the client disconnects, the time is over, or the proxy closes."""
         self.close_connection = True
         end = time.monotonic() + self.server.proxy.plan.silence_seconds
         self.connection.settimeout(0.05)
@@ -282,7 +282,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 return
 
     def _reset(self) -> None:
-        """Close so that the client sees a reset, not an end."""
+        """Close with a TCP reset instead of an end of stream."""
         self.close_connection = True
         with contextlib.suppress(OSError):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -294,7 +294,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @dataclasses.dataclass(frozen=True)
 class FaultyS3:
-    """A moto server and the proxy before it."""
+    """A moto server and the proxy in front of it."""
 
     proxy: FaultProxy
     direct: str
@@ -306,7 +306,7 @@ class FaultyS3:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to reach it through the faults."""
+        """Environment variables for a process that uses the faulty endpoint."""
         return {
             "AWS_ENDPOINT_URL_S3": self.endpoint,
             "AWS_ACCESS_KEY_ID": "test",
@@ -317,7 +317,7 @@ class FaultyS3:
         }
 
     def make_bucket(self, name: str) -> str:
-        """`s3://name`, made without faults."""
+        """Create a bucket without faults; returns `s3://name`."""
         sent = http.client.HTTPConnection(urlsplit(self.direct).netloc, timeout=30)
         sent.request("PUT", f"/{name}")
         answer = sent.getresponse()
@@ -330,7 +330,7 @@ class FaultyS3:
 
 @contextlib.contextmanager
 def faulty_s3(plan: FaultPlan | None = None, *, port: int = 0, **changes: object) -> Iterator[FaultyS3]:
-    """A moto server behind a proxy; `changes` are fields of FaultPlan. Both stop with the block."""
+    """A moto server behind a proxy; `changes` are fields of FaultPlan. Both stop when the context ends."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -349,13 +349,13 @@ def faulty_s3(plan: FaultPlan | None = None, *, port: int = 0, **changes: object
 def main() -> None:
     """Serve until interrupted, then print what was broken."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--share", type=float, default=0.2)
+    parser.add_argument("--fraction", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--bucket", default="bucket")
     chosen = parser.parse_args()
-    with faulty_s3(port=chosen.port, share=chosen.share, seed=chosen.seed, kinds=tuple(chosen.kinds)) as s3:
+    with faulty_s3(port=chosen.port, fraction=chosen.fraction, seed=chosen.seed, kinds=tuple(chosen.kinds)) as s3:
         s3.make_bucket(chosen.bucket)
         for name, value in s3.environment.items():
             print(f"export {name}={value}", flush=True)

@@ -1,7 +1,7 @@
-"""Faults of stored data, each injected into a tiny prepared folder, and what paml makes of them.
+"""Faults of stored data, injected into a tiny prepared folder, and how paml reacts to them.
 
-A fault is one bit, block, cut, or exchange of files, at a place drawn uniformly over the bytes of its kind. Truth is
-kept in memory; what is read back under a fault is compared with it by key.
+A fault is a flipped bit, an overwritten block, a truncation or an exchange of files, at a random position among the
+bytes of its kind. The truth is in memory; what is read back under a fault is compared with it by key.
 """
 
 import collections
@@ -16,10 +16,10 @@ import pyarrow as pa
 from PIL import Image
 
 from paml import storage
+from paml.checksum import CHECKSUM_PLACEHOLDER, write_checksum
 from paml.errors import DataError
 from paml.labels import NEGATIVE, POSITIVE, LabelError, LabelTable, table_from_triples
-from paml.seal import UNSEALED, seal_file
-from paml.shards import CorruptSample, Manifest, ShardReader, ShardSettings, verify_shards, write_shards
+from paml.shards import CorruptSampleError, Manifest, ShardReader, ShardSettings, verify_shards, write_shards
 from paml.shards.manifest import MANIFEST_NAME, shards_digest
 from paml.storage import StorageError
 
@@ -33,22 +33,22 @@ Labels = frozenset[tuple[int, int]]
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """An image in a tar file, in bytes of that file."""
+    """Byte positions of an image in a tar file."""
 
     key: str
     header: int
     body: int
     body_end: int
     end: int
-    """Of the padding that follows the body."""
+    """End of the padding after the body."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A sound folder and its content: shards, manifest and label table, in one folder."""
+    """An intact folder with shards, manifest and label table, and its content."""
 
     folder: Path
-    """Where it was written, and where faults are injected unless `elsewhere` names another place."""
+    """Faults are injected here, unless `bucket_folder` is set."""
     files: Mapping[str, bytes]
     """Content by name: tar files, manifest, table."""
     members: Mapping[str, Sequence[Member]]
@@ -57,7 +57,7 @@ class Prepared:
     """By key."""
     labels: Mapping[str, Labels]
     """(class, state) pairs by key."""
-    elsewhere: str | None = None
+    bucket_folder: str | None = None
     """A folder in a bucket with the same files."""
 
     @property
@@ -69,17 +69,17 @@ class Prepared:
 
     @property
     def root(self) -> str:
-        return self.elsewhere or str(self.folder)
+        return self.bucket_folder or str(self.folder)
 
     def path(self, name: str) -> str:
         return storage.join(self.root, name)
 
     def put(self, name: str, data: bytes | None) -> None:
-        """Write a file anew; None removes it."""
-        if self.elsewhere is not None:
+        """Replace a file; None removes it."""
+        if self.bucket_folder is not None:
             storage.delete(self.path(name)) if data is None else storage.write_bytes(self.path(name), data)
             return
-        # a new file each time, as a copy would make: one that is open stays whole
+        # a new file each time, as a copy creates: one that is open stays intact
         (self.folder / name).unlink(missing_ok=True)
         if data is not None:
             (self.folder / name).write_bytes(data)
@@ -87,38 +87,38 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What is done to the files, and whom it hurts."""
+    """A change of the files, and the images it damages."""
 
     kind: str
     what: str
     files: Mapping[str, bytes | None]
     """New content by name; None removes a file."""
-    hurt: frozenset[str] = frozenset()
-    """Keys of the images whose bytes have changed, moved or gone."""
+    damaged: frozenset[str] = frozenset()
+    """Keys of the images whose bytes are changed, moved or missing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one fault."""
+    """The outcome of one fault."""
 
-    found: bool
+    detected: bool
     """By `verify_shards`, or on opening the manifest or the table."""
     named: bool
-    """Every file that was changed is named, and of the images just those that are hurt."""
+    """Every changed file is named, and exactly the damaged images."""
     refused: bool
-    """The manifest or the table is not opened, so that nothing is delivered."""
+    """The manifest or the table is refused, so nothing is delivered."""
     wrong: int
-    """Images delivered with other bytes than were written, or with other labels."""
+    """Images delivered with wrong bytes or wrong labels."""
     unnamed: int
-    """Images that were not delivered without an error that names them."""
-    lost_beyond: int
-    """Images that were not delivered though their bytes are as they were."""
-    kept_back: int
+    """Images missing without an error that names them."""
+    lost_intact: int
+    """Images not delivered although their bytes are intact."""
+    not_delivered: int
     """Images that were not delivered."""
 
 
 def prepare(folder: Path, *, images: int = 288, per_shard: int = 8, size: int = 32) -> Prepared:
-    """Write the sound folder."""
+    """Write an intact folder."""
     keys: list[str] = [f"{number * 2654435761 % 2**64:016x}" for number in range(images)]
     write_shards(
         [(key, _picture(number, size)) for number, key in enumerate(keys)],
@@ -160,9 +160,9 @@ def _member(manifest: Manifest, row: int) -> Member:
 
 
 def _labels(table: LabelTable, keys: list[str]) -> dict[str, Labels]:
-    found = table.lookup(table.rows_of(keys))
+    triples = table.lookup(table.rows_of(keys))
     labels: dict[str, set[tuple[int, int]]] = {key: set() for key in keys}
-    for image, cls, state in zip(found.image, found.cls, found.state, strict=True):
+    for image, cls, state in zip(triples.image, triples.cls, triples.state, strict=True):
         labels[keys[image]].add((int(cls), int(state)))
     return {key: frozenset(pairs) for key, pairs in labels.items()}
 
@@ -180,8 +180,8 @@ def _kind(name: str) -> Callable[[Maker], Maker]:
 
 
 def _ranges(prepared: Prepared, part: str) -> list[tuple[str, Range]]:
-    """(tar file, range of bytes) of every header, body, padding or end."""
-    found = []
+    """(tar file, byte range) of every header, body, padding or end."""
+    ranges = []
     for tar, members in prepared.members.items():
         ends = (members[-1].end, len(prepared.files[tar]))
         parts = {
@@ -191,26 +191,26 @@ def _ranges(prepared: Prepared, part: str) -> list[tuple[str, Range]]:
             "ends": [ends],
             "files": [(0, ends[1])],
         }
-        found += [(tar, span) for span in parts[part] if span[0] < span[1]]
-    return found
+        ranges += [(tar, span) for span in parts[part] if span[0] < span[1]]
+    return ranges
 
 
 def _draw(ranges: Sequence[tuple[str, Range]], rng: np.random.Generator) -> tuple[str, int, Range]:
-    """A byte drawn uniformly over all ranges: (tar file, place, its range)."""
+    """A random byte of all ranges: (tar file, position, its range)."""
     sizes = np.array([high - low for _, (low, high) in ranges])
-    place = int(rng.integers(sizes.sum()))
-    chosen = int(np.searchsorted(np.cumsum(sizes), place, side="right"))
+    position = int(rng.integers(sizes.sum()))
+    chosen = int(np.searchsorted(np.cumsum(sizes), position, side="right"))
     tar, (low, high) = ranges[chosen]
-    return tar, low + place - int(sizes[:chosen].sum()), (low, high)
+    return tar, low + position - int(sizes[:chosen].sum()), (low, high)
 
 
-def _hurt(prepared: Prepared, tar: str, data: bytes) -> frozenset[str]:
-    """Keys whose bytes are not where they were."""
+def _damaged_keys(prepared: Prepared, tar: str, data: bytes) -> frozenset[str]:
+    """Keys of images whose bytes are not at their old position."""
     return frozenset(m.key for m in prepared.members[tar] if data[m.body : m.body_end] != prepared.images[m.key])
 
 
 def _changed(prepared: Prepared, kind: str, what: str, tar: str, data: bytes) -> Fault:
-    return Fault(kind, what, {tar: data}, _hurt(prepared, tar, data))
+    return Fault(kind, what, {tar: data}, _damaged_keys(prepared, tar, data))
 
 
 def _flip_in(part: str) -> None:
@@ -218,11 +218,11 @@ def _flip_in(part: str) -> None:
 
     @_kind(kind)
     def make(prepared: Prepared, rng: np.random.Generator) -> Fault:
-        tar, place, _ = _draw(_ranges(prepared, part), rng)
+        tar, position, _ = _draw(_ranges(prepared, part), rng)
         bit = int(rng.integers(8))
         data = bytearray(prepared.files[tar])
-        data[place] ^= 1 << bit
-        return _changed(prepared, kind, f"bit {bit} of byte {place} of {tar}", tar, bytes(data))
+        data[position] ^= 1 << bit
+        return _changed(prepared, kind, f"bit {bit} of byte {position} of {tar}", tar, bytes(data))
 
 
 for _part in ("headers", "bodies", "padding", "ends", "files"):
@@ -233,9 +233,9 @@ def _flip_file(name: str, kind: str) -> None:
     @_kind(kind)
     def make(prepared: Prepared, rng: np.random.Generator) -> Fault:
         data = bytearray(prepared.files[name])
-        place, bit = int(rng.integers(len(data))), int(rng.integers(8))
-        data[place] ^= 1 << bit
-        return Fault(kind, f"bit {bit} of byte {place} of {name}", {name: bytes(data)})
+        position, bit = int(rng.integers(len(data))), int(rng.integers(8))
+        data[position] ^= 1 << bit
+        return Fault(kind, f"bit {bit} of byte {position} of {name}", {name: bytes(data)})
 
 
 _flip_file(MANIFEST_NAME, "bit flip in the manifest")
@@ -245,8 +245,8 @@ _flip_file(TABLE, "bit flip in the label table")
 def _overwrite(kind: str, part: str, fill: Callable[[int, np.random.Generator], bytes]) -> None:
     @_kind(kind)
     def make(prepared: Prepared, rng: np.random.Generator) -> Fault:
-        tar, place, (low, high) = _draw(_ranges(prepared, part), rng)
-        start, end = (low, high) if part == "headers" else (place, min(place + BLOCK, high))
+        tar, position, (low, high) = _draw(_ranges(prepared, part), rng)
+        start, end = (low, high) if part == "headers" else (position, min(position + BLOCK, high))
         data = bytearray(prepared.files[tar])
         data[start:end] = fill(end - start, rng)
         if bytes(data) == prepared.files[tar]:
@@ -275,7 +275,7 @@ def _some(prepared: Prepared, tar: str, rng: np.random.Generator) -> Member:
 
 
 def _within(low: int, high: int, rng: np.random.Generator) -> int | None:
-    """A place strictly between the two."""
+    """A position strictly between the two."""
     return int(rng.integers(low + 1, high)) if high - low > 1 else None
 
 
@@ -323,7 +323,7 @@ def _cut_file(name: str, kind: str) -> None:
     def make(prepared: Prepared, rng: np.random.Generator) -> Fault:
         size = int(rng.integers(len(prepared.files[name])))
         if rng.random() < 0.2:
-            size -= size % 8  # where Arrow's own parts end
+            size -= size % 8  # where the parts of an Arrow file end
         return Fault(kind, f"{name} cut to {size} bytes", {name: prepared.files[name][:size]})
 
 
@@ -334,69 +334,71 @@ _cut_file(TABLE, "label table cut")
 @_kind("shards swapped")
 def _swapped(prepared: Prepared, rng: np.random.Generator) -> Fault:
     size = 2 if rng.random() < 0.7 else 3
-    chosen = [prepared.tars[place] for place in rng.choice(len(prepared.tars), size, replace=False)]
+    chosen = [prepared.tars[number] for number in rng.choice(len(prepared.tars), size, replace=False)]
     files = {tar: prepared.files[other] for tar, other in zip(chosen, [*chosen[1:], chosen[0]], strict=True)}
-    hurt = frozenset[str]().union(*(_hurt(prepared, tar, data) for tar, data in files.items()))
-    return Fault("shards swapped", " for ".join(chosen), files, hurt)
+    damaged = frozenset[str]().union(*(_damaged_keys(prepared, tar, data) for tar, data in files.items()))
+    return Fault("shards swapped", " for ".join(chosen), files, damaged)
 
 
 @_kind("shards missing")
 def _missing(prepared: Prepared, rng: np.random.Generator) -> Fault:
-    chosen = [prepared.tars[place] for place in rng.choice(len(prepared.tars), rng.integers(1, 4), replace=False)]
-    hurt = frozenset[str]().union(*(prepared.keys_of(tar) for tar in chosen))
-    return Fault("shards missing", ", ".join(chosen), dict.fromkeys(chosen), hurt)
+    chosen = [prepared.tars[number] for number in rng.choice(len(prepared.tars), rng.integers(1, 4), replace=False)]
+    damaged = frozenset[str]().union(*(prepared.keys_of(tar) for tar in chosen))
+    return Fault("shards missing", ", ".join(chosen), dict.fromkeys(chosen), damaged)
 
 
 @_kind("shard overwritten by a copy of another")
 def _doubled(prepared: Prepared, rng: np.random.Generator) -> Fault:
-    tar, other = (prepared.tars[place] for place in rng.choice(len(prepared.tars), 2, replace=False))
+    tar, other = (prepared.tars[number] for number in rng.choice(len(prepared.tars), 2, replace=False))
     return _changed(
         prepared, "shard overwritten by a copy of another", f"{other} over {tar}", tar, prepared.files[other]
     )
 
 
-@_kind("shard doubled under a new name")
+@_kind("shard duplicated under a new name")
 def _extra(prepared: Prepared, rng: np.random.Generator) -> Fault:
     tar = prepared.tars[rng.integers(len(prepared.tars))]
     name = f"shard-{rng.integers(len(prepared.tars), 10**6):06d}.tar"
-    return Fault("shard doubled under a new name", f"{tar} also as {name}", {name: prepared.files[tar]})
+    return Fault("shard duplicated under a new name", f"{tar} also as {name}", {name: prepared.files[tar]})
 
 
 def _rewritten(prepared: Prepared, name: str, batch: pa.RecordBatch, metadata: Mapping[bytes, bytes]) -> bytes:
-    """An Arrow file as by a writer who counts wrongly and seals it."""
-    changed = batch.replace_schema_metadata({**(batch.schema.metadata or {}), **metadata, **UNSEALED})
+    """An Arrow file with wrong counts and a correct checksum."""
+    changed = batch.replace_schema_metadata({**(batch.schema.metadata or {}), **metadata, **CHECKSUM_PLACEHOLDER})
     path = prepared.folder.parent / f"rewritten-{name}"
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, changed.schema) as writer:
         writer.write_batch(changed)
-    seal_file(str(path))
+    write_checksum(str(path))
     return path.read_bytes()
 
 
-@_kind("wrong counts of shards in a sealed manifest")
+@_kind("wrong shard counts in a manifest with a valid checksum")
 def _shard_counts(prepared: Prepared, rng: np.random.Generator) -> Fault:
     batch = pa.ipc.open_file(prepared.files[MANIFEST_NAME]).get_batch(0)
     shards = list(Manifest(str(prepared.folder), batch).shards)
-    place, by = int(rng.integers(len(shards))), int(rng.choice([-3, -2, -1, 1, 2, 3]))
-    shards[place] = dataclasses.replace(shards[place], count=shards[place].count + by)
-    if rng.random() < 0.3:  # the sum stays right
-        other = (place + 1 + int(rng.integers(len(shards) - 1))) % len(shards)
+    shard, by = int(rng.integers(len(shards))), int(rng.choice([-3, -2, -1, 1, 2, 3]))
+    shards[shard] = dataclasses.replace(shards[shard], count=shards[shard].count + by)
+    if rng.random() < 0.3:  # the sum stays correct
+        other = (shard + 1 + int(rng.integers(len(shards) - 1))) % len(shards)
         shards[other] = dataclasses.replace(shards[other], count=shards[other].count - by)
     listed = json.dumps([dataclasses.asdict(shard) for shard in shards]).encode()
     data = _rewritten(prepared, MANIFEST_NAME, batch, {b"shards": listed, b"digest": shards_digest(shards).encode()})
-    return Fault("wrong counts of shards in a sealed manifest", f"{place} by {by}", {MANIFEST_NAME: data})
+    return Fault(
+        "wrong shard counts in a manifest with a valid checksum", f"shard {shard} by {by}", {MANIFEST_NAME: data}
+    )
 
 
-@_kind("rows doubled or left out in a sealed manifest")
+@_kind("duplicate or missing rows in a manifest with a valid checksum")
 def _rows(prepared: Prepared, rng: np.random.Generator) -> Fault:
     batch = pa.ipc.open_file(prepared.files[MANIFEST_NAME]).get_batch(0)
-    row, double = int(rng.integers(batch.num_rows)), bool(rng.random() < 0.5)
-    kept = [*range(row + double), *range(row + (not double), batch.num_rows)]
-    data = _rewritten(prepared, MANIFEST_NAME, batch.take(pa.array(kept)), {})
-    what = f"row {row} {'doubled' if double else 'left out'}"
-    return Fault("rows doubled or left out in a sealed manifest", what, {MANIFEST_NAME: data})
+    row, duplicate = int(rng.integers(batch.num_rows)), bool(rng.random() < 0.5)
+    rows = [*range(row + duplicate), *range(row + (not duplicate), batch.num_rows)]
+    data = _rewritten(prepared, MANIFEST_NAME, batch.take(pa.array(rows)), {})
+    what = f"row {row} {'duplicated' if duplicate else 'omitted'}"
+    return Fault("duplicate or missing rows in a manifest with a valid checksum", what, {MANIFEST_NAME: data})
 
 
-@_kind("wrong counts in a sealed label table")
+@_kind("wrong counts in a label table with a valid checksum")
 def _table_counts(prepared: Prepared, rng: np.random.Generator) -> Fault:
     batch = pa.ipc.open_file(prepared.files[TABLE]).get_batch(0)
     about = json.loads((batch.schema.metadata or {})[b"paml"])
@@ -404,11 +406,11 @@ def _table_counts(prepared: Prepared, rng: np.random.Generator) -> Fault:
     by = -by if rng.random() < 0.5 else by
     about[field] += by
     data = _rewritten(prepared, TABLE, batch, {b"paml": json.dumps(about).encode()})
-    return Fault("wrong counts in a sealed label table", f"{field} by {by}", {TABLE: data})
+    return Fault("wrong counts in a label table with a valid checksum", f"{field} by {by}", {TABLE: data})
 
 
 class Injected:
-    """The folder with a fault in it, for the length of a block."""
+    """A context in which the folder has a fault."""
 
     def __init__(self, prepared: Prepared, fault: Fault) -> None:
         self._prepared, self._fault = prepared, fault
@@ -423,15 +425,15 @@ class Injected:
 
 
 def in_bucket(prepared: Prepared, folder: str) -> Prepared:
-    """The same content under `folder` of a bucket, where faults are then injected."""
-    copy = dataclasses.replace(prepared, elsewhere=folder)
+    """The same content in `folder` of a bucket, where faults are then injected."""
+    copy = dataclasses.replace(prepared, bucket_folder=folder)
     for name, data in prepared.files.items():
         copy.put(name, data)
     return copy
 
 
 def judge(prepared: Prepared, fault: Fault, cache: str | None = None) -> Outcome:
-    """Inject a fault and see what verification finds and what reading delivers.
+    """Inject a fault; returns what verification reports and what reading delivers.
 
     `cache`: the folder of the shard cache, for a bucket.
     """
@@ -448,30 +450,30 @@ def judge(prepared: Prepared, fault: Fault, cache: str | None = None) -> Outcome
         except LabelError as error:
             named |= {path for path in paths if path in str(error)}
             table = None
-        found, exact = bool(named & paths), named == paths
+        detected, exact = bool(named & paths), named == paths
         try:
             manifest = Manifest.open(prepared.root)
         except DataError:
             manifest = None
         if manifest is None or table is None:
-            return Outcome(found, exact, True, 0, 0, 0, 0)
+            return Outcome(detected, exact, True, 0, 0, 0, 0)
         delivered, errors, wrong = _read_all(prepared, manifest, table, cache)
         missing = set(prepared.images) - delivered
         return Outcome(
-            found=found,
-            named=exact and lost == fault.hurt,
+            detected=detected,
+            named=exact and lost == fault.damaged,
             refused=False,
             wrong=wrong,
             unnamed=len(missing - errors),
-            lost_beyond=len(missing - fault.hurt),
-            kept_back=len(missing),
+            lost_intact=len(missing - fault.damaged),
+            not_delivered=len(missing),
         )
 
 
 def _read_all(
     prepared: Prepared, manifest: Manifest, table: LabelTable, cache: str | None
 ) -> tuple[set[str], set[str], int]:
-    """(keys delivered, keys named by errors, images delivered that are wrong) by the path that training takes."""
+    """(keys delivered, keys named by errors, keys delivered wrong), read as training does."""
     reader = ShardReader(manifest, cache)
     labels = _labels(table, manifest.keys().to_pylist())
     delivered: set[str] = set()
@@ -481,7 +483,7 @@ def _read_all(
         key = manifest.key(row)
         try:
             data = bytes(reader.read(row))
-        except (CorruptSample, StorageError) as error:
+        except (CorruptSampleError, StorageError) as error:
             text = str(error)
             shard = manifest.shard_path(int(manifest.shard[row]))
             if key in text or shard in text:
@@ -505,36 +507,36 @@ def draw_faults(prepared: Prepared, per_kind: int, seed: int = 0) -> list[Fault]
 
 @dataclasses.dataclass
 class Row:
-    """The sum of the outcomes of one kind."""
+    """Sums of the outcomes of one kind."""
 
     injected: int = 0
-    found: int = 0
+    detected: int = 0
     named: int = 0
     refused: int = 0
     wrong: int = 0
     unnamed: int = 0
-    lost_beyond: int = 0
-    kept_back: int = 0
+    lost_intact: int = 0
+    not_delivered: int = 0
 
 
 def judge_all(prepared: Prepared, faults: Sequence[Fault]) -> tuple[dict[str, Row], list[str]]:
-    """(sums by kind, the faults that got through, in words)."""
+    """(sums by kind, descriptions of the faults that were missed)."""
     table: dict[str, Row] = collections.defaultdict(Row)
-    through = []
+    missed = []
     for fault in faults:
         outcome, row = judge(prepared, fault), table[fault.kind]
         row.injected += 1
         for field in dataclasses.fields(outcome):
             setattr(row, field.name, getattr(row, field.name) + int(getattr(outcome, field.name)))
-        if not (outcome.found and outcome.named) or outcome.wrong or outcome.unnamed or outcome.lost_beyond:
-            through.append(f"{fault.kind}: {fault.what}: {outcome}")
-    return dict(table), through
+        if not (outcome.detected and outcome.named) or outcome.wrong or outcome.unnamed or outcome.lost_intact:
+            missed.append(f"{fault.kind}: {fault.what}: {outcome}")
+    return dict(table), missed
 
 
 def report(table: Mapping[str, Row]) -> str:
     """As a Markdown table."""
-    columns = ("injected", "found", "named", "refused", "wrong pixels or labels", "unnamed")
-    columns += ("lost beyond the damaged", "images kept back")
+    columns = ("injected", "detected", "named", "refused", "wrong pixels or labels", "unnamed")
+    columns += ("intact images lost", "images not delivered")
     lines = ["| fault | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     total = Row()
     for kind, row in [*table.items(), ("all", total)]:

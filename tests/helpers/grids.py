@@ -1,10 +1,10 @@
-"""Tiny grids of trainings, in this process unless a test asks for Ray."""
+"""Tiny comparisons, in this process unless a test asks for Ray."""
 
 from pathlib import Path
 from typing import Any
 
-from paml.compare.settings import CompareSettings, SearchSettings
-from paml.training.settings import flatten
+from paml.compare.settings import CompareSettings
+from paml.settings import flatten
 from tests.helpers.prepared import tiny_settings
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -15,11 +15,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def tiny_base(root: Path) -> dict[str, Any]:
-    """Settings of a run of seconds, by dotted name, the truth of the training labels at hand."""
+    """Settings of a run of seconds by dotted name, with the truth of the training labels."""
     settings = tiny_settings(root, root, data={"train_truth": "labels/train-full.arrow"})
-    return {name: value for name, value in flatten(settings).items() if not name.startswith("run.")} | {
-        "run.system_seconds": 0
-    }
+    return {name: value for name, value in flatten(settings).items() if not name.startswith("run.")}
 
 
 def tiny_grid(root: Path, storage: Path, **changes: Any) -> CompareSettings:
@@ -30,25 +28,7 @@ def tiny_grid(root: Path, storage: Path, **changes: Any) -> CompareSettings:
         "storage": str(storage),
         "labels": {"partial": "labels/train.arrow"},
         "replicates": 20,
-        "mlflow": False,
-        "at_once": 0,
+        "trackers": [],
+        "max_concurrent": 0,
     }
     return CompareSettings(**given | changes)
-
-
-def tiny_search(root: Path, storage: Path, **changes: Any) -> SearchSettings:
-    """Two methods of three configurations over three epochs, in this process."""
-    given: dict[str, Any] = {
-        "base": tiny_base(root) | {"epochs": 4},
-        "methods": {
-            "an": {"loss.name": "an"},
-            "ll-r": {"loss.name": "ll-r", "space": {"loss.reject_rate_step": [0.02, 0.1]}},
-        },
-        "space": {"boost.train, boost.eval": [[1, 1], [1, 5], 5]},
-        "configurations": 3,
-        "eta": 2,
-        "storage": str(storage),
-        "mlflow": False,
-        "at_once": 0,
-    }
-    return SearchSettings(**given | changes)

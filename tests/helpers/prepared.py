@@ -1,4 +1,4 @@
-"""A tiny prepared data folder, as the jobs make one (shards, tables, full labels), and settings to train on it."""
+"""A tiny prepared data folder (shards, tables, full labels), and settings to train on it."""
 
 import dataclasses
 import io
@@ -14,8 +14,8 @@ from paml.losses import LossSettings
 from paml.models import BoostSettings, ModelSettings
 from paml.shards import ShardSettings, write_shards
 from paml.training.checkpoint import CheckpointSettings
-from paml.training.optimiser import OptimiserSettings
-from paml.training.settings import TrackingSettings, TrainSettings, WorkerSettings
+from paml.training.optimizer import OptimizerSettings
+from paml.training.settings import RunSettings, TrainSettings, WorkerSettings
 
 SIZE = 32
 CLASSES = tuple(f"/m/{number:02d}" for number in range(12))
@@ -23,18 +23,18 @@ COUNTS = {"train": 46, "validation": 24, "test": 18}
 
 
 def key_of(split: str, number: int) -> str:
-    """16 hex digits, as an ImageID has."""
+    """16 hex digits, like an ImageID."""
     return f"{list(COUNTS).index(split) + 1:02x}{number:014x}"
 
 
 def true_classes(split: str, number: int) -> np.ndarray:
-    """bool[K]: two or three classes an image, none of them rare."""
+    """bool[K]: two or three classes per image, none of them rare."""
     chosen = np.random.default_rng([number, len(split)]).permutation(len(CLASSES))[: 2 + number % 2]
     return np.isin(np.arange(len(CLASSES)), chosen)
 
 
-def picture(split: str, number: int, size: int = SIZE) -> bytes:
-    """A JPEG with a block of a colour and a place of its own for each class that it shows."""
+def jpeg_image(split: str, number: int, size: int = SIZE) -> bytes:
+    """A JPEG with a block for each of its classes, in a color and position of the class."""
     rng = np.random.default_rng([number, len(split), 7])
     pixels = rng.integers(80, 120, (size, size, 3))
     block = size // 4
@@ -51,7 +51,7 @@ def prepare_tiny(root: Path, *, size: int = SIZE, counts: dict[str, int] = COUNT
     for split, count in counts.items():
         keys = [key_of(split, number) for number in range(count)]
         truth = np.stack([true_classes(split, number) for number in range(count)])
-        source = [(key, picture(split, number, size)) for number, key in enumerate(keys)]
+        source = [(key, jpeg_image(split, number, size)) for number, key in enumerate(keys)]
         write_shards(source, root / "shards" / split, ShardSettings(size=size, samples_per_shard=10), workers=1)
         seen = np.ones_like(truth)
         if split == "train":
@@ -63,7 +63,7 @@ def prepare_tiny(root: Path, *, size: int = SIZE, counts: dict[str, int] = COUNT
 
 
 def write_states(path: Path, keys: list[str], truth: np.ndarray, seen: np.ndarray) -> None:
-    """A label table of the pairs where bool[N, K] `seen`, positive where `truth`."""
+    """Write a label table of the pairs in bool[N, K] `seen`; they are positive if `truth` is."""
     image, cls = np.nonzero(seen)
     state = np.where(truth[image, cls], POSITIVE, NEGATIVE)
     classes = [f"/m/{number:02d}" for number in range(truth.shape[1])]
@@ -72,16 +72,16 @@ def write_states(path: Path, keys: list[str], truth: np.ndarray, seen: np.ndarra
 
 
 def tiny_settings(root: Path, storage: Path, **changes: Any) -> TrainSettings:
-    """A run of seconds: a small network with BatchNorm, 6 steps of 8 images an epoch. Parts are given as dicts."""
+    """Settings of a run of seconds: a small network with BatchNorm, 6 steps of 8 images per epoch. Parts are dicts."""
     parts: dict[str, Any] = {
-        "run": TrackingSettings(storage=str(storage), name="tiny", mlflow=False),
-        "data": DataSettings(root=str(root), train_truth=None, decode_threads=1, probe=0.05, shuffle_window=16),
-        "model": ModelSettings(
-            backbone="shufflenet_v2_x0_5", feature_layer="stage3", weights=None, output_stride=8, pixel_std=(0.25,) * 3
+        "run": RunSettings(storage=str(storage), name="tiny", trackers=[]),
+        "data": DataSettings(
+            root=str(root), train_truth=None, decode_threads=1, probe_fraction=0.05, shuffle_window=16
         ),
+        "model": ModelSettings(backbone="shufflenet_v2_x0_5", feature_layer="stage3", weights=None, output_stride=8),
         "boost": BoostSettings(train=5.0, eval=5.0),
         "loss": LossSettings(name="ll-r", reject_rate_step=0.05),
-        "optimiser": OptimiserSettings(learning_rate=1e-3),
+        "optimizer": OptimizerSettings(learning_rate=1e-3),
         "checkpoint": CheckpointSettings(),
         "workers": WorkerSettings(num_workers=0),
     }

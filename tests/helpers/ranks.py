@@ -1,4 +1,4 @@
-"""Run a function on n workers that are real processes joined by Gloo."""
+"""Run a function on n worker processes connected by Gloo."""
 
 import multiprocessing
 import os
@@ -13,12 +13,12 @@ from typing import Any
 
 
 def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 270) -> list[Any]:
-    """[function(rank, *args) of each rank], run in processes of their own with torch.distributed started.
+    """The results of `function(rank, *args)`, each run in its own process with torch.distributed initialized.
 
-    `function` stands at the top level of a module, so that a process can import it. The first worker that fails has its
-    error raised here, with its traceback; the others are stopped, as they are after `timeout_s`.
+    `function` must be importable. The error of the first worker that fails is raised here with its traceback, and the
+    others are stopped, as all are after `timeout_s`.
     """
-    # Forked off a server that has imported torch once and computed nothing, so that a worker starts within a moment.
+    # Forked from a server that has imported torch but computed nothing, so workers start fast.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.runs"])
     with tempfile.TemporaryDirectory() as folder:
@@ -32,7 +32,7 @@ def run_on_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout_s
             deadline = time.monotonic() + timeout_s
             while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
                 if any(process.exitcode not in (None, 0) for process in processes):
-                    # The others may wait for the one that failed: they get a moment to say why themselves.
+                    # The others may wait for the one that failed: give them a moment to report their own error.
                     time.sleep(0.5)
                     break
                 time.sleep(0.02)
@@ -68,7 +68,7 @@ def _worker(
 
     torch.set_num_threads(1)
     try:
-        # Workers on one machine: the loopback works where the host's own name does not resolve.
+        # The loopback interface also works if the host's name does not resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
             "gloo",

@@ -1,4 +1,4 @@
-"""Sweeps of trials of seconds, as people start them, and what their folders hold."""
+"""Sweeps with trials of seconds, as commands, and the records in their folders."""
 
 import dataclasses
 import json
@@ -12,10 +12,11 @@ from typing import Any
 import psutil
 import yaml
 
-from paml.compare.settings import SweepSettings
-from paml.compare.trials import Sweep, Trial, plan_sweep, read_trials
+from paml.compare.settings import TuneSettings
+from paml.compare.space import Trial
+from paml.compare.sweep import Sweep, plan_sweep, read_trials
 from tests.helpers.grids import tiny_base
-from tests.helpers.jobs import ROOT, WORKER, Job, gone, kill, named, newest_step
+from tests.helpers.jobs import ROOT, WORKER, Job, kill, newest_step, processes_named, survivors
 from tests.helpers.kills import OwnRay
 
 TUNE = str(ROOT / "jobs" / "tune_openimages.py")
@@ -33,28 +34,28 @@ SPACE: dict[str, Any] = {
     "loss.name": ["ll-r", "ll-ct", "ll-cp"],
     "loss.reject_rate_step": {"log_uniform": [1e-3, 1e-1]},
     "boost.train, boost.eval": [[1, 1], [1, 5], [3, 3], [5, 5]],
-    "optimiser.learning_rate": {"log_uniform": [1e-4, 1e-2]},
+    "optimizer.learning_rate": {"log_uniform": [1e-4, 1e-2]},
 }
 
 
 def tiny_sweep(data: Path, storage: Path, **changes: Any) -> dict[str, Any]:
-    """Settings of a sweep on the tiny prepared data, as a file holds them."""
+    """Settings of a sweep on the tiny prepared data, as in a recipe."""
     given: dict[str, Any] = {
         "base": tiny_base(data) | {"epochs": 3},
         "storage": str(storage),
-        "mlflow": False,
+        "trackers": [],
         "space": SPACE,
         "search": "random",
         "trials": 6,
-        "first_epochs": 1,
-        "eta": 2,
+        "grace_epochs": 1,
+        "reduction_factor": 2,
     }
     return given | changes
 
 
-def planned(settings: Mapping[str, Any]) -> Sweep:
-    """What its folder belongs to."""
-    return plan_sweep(SweepSettings(**settings), "/")
+def plan(settings: Mapping[str, Any]) -> Sweep:
+    """The sweep with these settings."""
+    return plan_sweep(TuneSettings(**settings), "/")
 
 
 def sweep_job(settings: Mapping[str, Any], log: Path, *, env: Mapping[str, str], options: tuple[str, ...] = ()) -> Job:
@@ -65,77 +66,79 @@ def sweep_job(settings: Mapping[str, Any], log: Path, *, env: Mapping[str, str],
 
 
 def ended(sweep: Sweep) -> dict[int, Trial]:
-    """The trials that are noted to have ended."""
+    """The trials that have ended, by their records."""
     return {number: trial for number, trial in read_trials(sweep).items() if trial.state != "running"}
 
 
 def unfinished(sweep: Sweep) -> list[int]:
-    """Trials under way that have a whole checkpoint behind them."""
-    found = read_trials(sweep)
-    return [n for n, trial in found.items() if trial.state == "running" and newest_step(Path(sweep.run_folder(n)))]
+    """Running trials with a checkpoint."""
+    trials = read_trials(sweep)
+    return [n for n, trial in trials.items() if trial.state == "running" and newest_step(Path(sweep.run_folder(n)))]
 
 
 @dataclasses.dataclass
-class Sweeping:
-    """A sweep that was killed and came to its end."""
+class SweepResult:
+    """Results of a sweep that was killed and then finished."""
 
     trials: dict[int, Trial]
-    kept: dict[int, Trial]
-    """Trials that had ended when one of the kills fell, as they were noted then."""
+    ended_before: dict[int, Trial]
+    """Trials that had ended before a kill, with their records at that time."""
     interrupted: set[int]
-    """Trials that had a checkpoint and were under way when one fell."""
-    said: str
-    """Output of all starts."""
+    """Trials with a checkpoint that were running at a kill."""
+    output: str
+    """Of all starts."""
     leaked: list[str]
-    """What of the cluster was still taken when all was over, with the names of processes left by the kills."""
+    """Resources of the cluster that were still in use at the end, and processes that survived the kills."""
     seconds: float
 
 
-def sweep_with_kills(settings: Mapping[str, Any], folder: Path, kills: Mapping[str, int]) -> Sweeping:
-    """Kill the "driver", or all of "ray", once so many trials have ended and another has a checkpoint; finish it."""
-    sweep, ray, begun = planned(settings), OwnRay(), time.monotonic()
-    kept: dict[int, Trial] = {}
+def sweep_with_kills(settings: Mapping[str, Any], folder: Path, kills: Mapping[str, int]) -> SweepResult:
+    """Run a sweep to its end. kills: "driver" or "ray" -> number of ended trials after which to kill it."""
+    sweep, ray, start = plan(settings), OwnRay(), time.monotonic()
+    ended_before: dict[int, Trial] = {}
     interrupted: set[int] = set()
-    said: list[str] = []
+    outputs: list[str] = []
     ray.start()
     try:
         for what, number in kills.items():
             with sweep_job(settings, folder / f"until-{what}.log", env=ray.environment) as job:
                 job.until(lambda n=number: len(ended(sweep)) >= n and unfinished(sweep), f"{number} trials", 1200)
-                kept |= ended(sweep)
+                ended_before |= ended(sweep)
                 if what == "driver":
-                    left = trial_processes(ray)
+                    remaining = trial_processes(ray)
                     kill(psutil.Process(job.process.pid))
                     assert job.wait(60) != 0
-                    assert not gone(left, 60), "trials outlive their driver"
+                    assert not survivors(remaining, 60), "trials survive their driver"
                 else:
                     ray.kill()
                     assert job.wait(240) != 0
                 interrupted |= set(unfinished(sweep))
                 if what == "ray":
                     ray.start()
-                said.append(job.output)
+                outputs.append(job.output)
         with sweep_job(settings, folder / "start-last.log", env=ray.environment) as job:
             assert job.wait(3000) == 0, job.output
-            said.append(job.output)
-        return Sweeping(read_trials(sweep), kept, interrupted, "".join(said), leaks(ray), time.monotonic() - begun)
+            outputs.append(job.output)
+        return SweepResult(
+            read_trials(sweep), ended_before, interrupted, "".join(outputs), leaks(ray), time.monotonic() - start
+        )
     finally:
         ray.stop()
 
 
 def trial_processes(ray: OwnRay) -> list[psutil.Process]:
-    """Those that train."""
-    return [process for name in (TRIAL, WORKER) for process in named(ray.processes(), name)]
+    """Processes that train."""
+    return [process for name in (TRIAL, WORKER) for process in processes_named(ray.processes(), name)]
 
 
 def leaks(ray: OwnRay, seconds: float = 60.0) -> list[str]:
-    """What is left in a cluster without jobs, after at most so many seconds: trials, placement groups, CPUs taken."""
-    end, found = time.monotonic() + seconds, ["not asked"]
-    while found and time.monotonic() < end:
-        found = [" ".join(process.cmdline()) for process in trial_processes(ray)]
+    """Trials, placement groups and CPUs that are still in use in a cluster without jobs, after a time limit."""
+    end, in_use = time.monotonic() + seconds, ["unknown"]
+    while in_use and time.monotonic() < end:
+        in_use = [" ".join(process.cmdline()) for process in trial_processes(ray)]
         done = subprocess.run(
             [sys.executable, "-c", ASK], env=dict(ray.environment), capture_output=True, text=True, timeout=240
         )
         assert done.returncode == 0, done.stderr
-        found += json.loads(done.stdout.splitlines()[-1])
-    return found
+        in_use += json.loads(done.stdout.splitlines()[-1])
+    return in_use

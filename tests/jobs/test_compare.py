@@ -1,4 +1,4 @@
-"""`ray job submit -- python jobs/compare.py`, on a head of its own, with MLflow."""
+"""`ray job submit -- python jobs/compare.py` on a private head, with MLflow."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import yaml
 
 from paml.compare.settings import CompareSettings
 from paml.distributed.local_head import ray_head
-from paml.tracking import read_journal
+from paml.runs.journal import read_journal
 from tests.helpers.grids import METHODS, tiny_grid
 from tests.helpers.jobs import QUIET, ROOT, Job, environment
 
@@ -26,8 +26,8 @@ def submit(head: dict[str, str], *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def written(settings: CompareSettings, path: Path) -> str:
-    """The settings as a file that --config reads."""
+def write_recipe(settings: CompareSettings, path: Path) -> str:
+    """Write the settings as a recipe; returns its path."""
     path.write_text(yaml.safe_dump(json.loads(json.dumps(vars(settings)))))
     return str(path)
 
@@ -35,21 +35,20 @@ def written(settings: CompareSettings, path: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_submitted_comparison(prepared: Path, tmp_path: Path):
-    """Trainings side by side; one that fails is named; the rest stand in the table, below one run in MLflow."""
+    """Concurrent trainings. One fails and is named; the others are in the table and children of one MLflow run."""
     from mlflow import MlflowClient
 
     os.environ.update(QUIET)
     methods = METHODS | {"lost": {"loss.name": "iu", "model.weights": str(tmp_path / "nowhere.pth")}}
-    config = written(
-        tiny_grid(prepared, tmp_path / "runs", mlflow=True, at_once=None, methods=methods), tmp_path / "c.yaml"
-    )
-    with ray_head(ROOT, cpus=2) as found:
-        status, said = submit(environment(**found), "jobs/compare.py", "--config", config)
-    assert status == 1, said
-    assert "Traceback" not in said
-    assert "partial-lost-seed0: FAILED: " in said
-    assert "/4 runs, " in said
-    assert "partial-an-seed0: epoch 2/2" in said
+    settings = tiny_grid(prepared, tmp_path / "runs", trackers=["mlflow"], max_concurrent=None, methods=methods)
+    config = write_recipe(settings, tmp_path / "c.yaml")
+    with ray_head(ROOT, cpus=2) as head:
+        status, output = submit(environment(**head), "jobs/compare.py", "--config", config)
+    assert status == 1, output
+    assert "Traceback" not in output
+    assert "partial-lost-seed0: FAILED: " in output
+    assert "/4 runs, " in output
+    assert "partial-an-seed0: epoch 2/2" in output
     table = (tmp_path / "runs" / "comparison" / "table-partial.txt").read_text()
     assert table.splitlines()[2].startswith("---")
     assert len([line for line in table.splitlines() if line.startswith(("AN", "full labels", "LL-R", "lost"))]) == 5
@@ -61,9 +60,9 @@ def test_submitted_comparison(prepared: Path, tmp_path: Path):
     parent = runs.pop("comparison")
     assert f"%27{parent.info.run_id}%27" in parent.data.tags["mlflow.note.content"]
     assert parent.info.status == "FAILED"
-    assert parent.data.metrics["map/partial/LL-R BoostLU"] > 0
+    assert parent.data.metrics["mAP/partial/LL-R BoostLU"] > 0
     assert {file.path for file in client.list_artifacts(parent.info.run_id, "tables")} == {
-        f"tables/table-partial.{ending}" for ending in ("txt", "csv", "tex")
+        f"tables/table-partial.{extension}" for extension in ("txt", "csv", "tex")
     }
     finished = {name: run for name, run in runs.items() if run.info.status == "FINISHED"}
     assert set(finished) == {"full-labels-seed0", "partial-an-seed0", "partial-LL-R-BoostLU-seed0"}
@@ -73,14 +72,14 @@ def test_submitted_comparison(prepared: Path, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_stopped_comparison(prepared: Path, tmp_path: Path):
-    """Without a cluster: SIGTERM ends the trainings side by side, their journals say so, and all can go on."""
-    settings = tiny_grid(prepared, tmp_path / "runs", at_once=None, common={"epochs": 40})
-    command = [sys.executable, "jobs/compare.py", "--config", written(settings, tmp_path / "c.yaml")]
+    """Without a cluster: SIGTERM stops the concurrent trainings and their journals end with KILLED."""
+    settings = tiny_grid(prepared, tmp_path / "runs", max_concurrent=None, common={"epochs": 40})
+    command = [sys.executable, "jobs/compare.py", "--config", write_recipe(settings, tmp_path / "c.yaml")]
     with Job(command, tmp_path / "log", env=environment()) as job:
-        job.until(lambda: job.output.count("epoch 2/40") > 1, "two trainings have two epochs")
+        job.until(lambda: job.output.count("epoch 2/40") > 1, "two epochs of two trainings")
         job.process.send_signal(signal.SIGTERM)
         assert job.wait(60) == 128 + signal.SIGTERM, job.output
-        assert "stopped; the same command goes on" in job.output
+        assert "stopped; repeat the command to continue" in job.output
     journals = [path.parent for path in (tmp_path / "runs").glob("*/journal")]
     assert len(journals) >= 3
     for run in journals:

@@ -1,13 +1,13 @@
-"""The real job, a real MLflow server and its PostgreSQL, which both die in the middle: nothing is lost."""
+"""Nothing is lost when MLflow and its PostgreSQL are killed during `paml train`."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from paml.tracking.view import read_memory
+from paml.tracking.mlflow_sink import read_state
 from tests.helpers.jobs import (
+    PAML,
     ROOT,
     environment,
     newest_step,
@@ -22,11 +22,11 @@ from tests.tracking.conftest import MlflowServer, Postgres, differences
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_database_and_server_killed_in_mid_run_are_refilled(tmp_path: Path):
+def test_sync_after_database_and_server_were_killed_during_a_run(tmp_path: Path):
     data = prepare_scenes(write_scenes(tmp_path / "scenes", train=60, others=20), tmp_path / "data")
     run = tmp_path / "runs" / "followed"
     options = tiny_options(
-        data, tmp_path / "runs", "followed", epochs=60, loss__name="ll-r", run__mlflow="true", run__system_seconds=1
+        data, tmp_path / "runs", "followed", epochs=60, loss__name="ll-r", run__trackers='["mlflow"]'
     )
     database = Postgres(tmp_path)
     database.start()
@@ -34,7 +34,7 @@ def test_database_and_server_killed_in_mid_run_are_refilled(tmp_path: Path):
     server.start()
     try:
         with train_job(options, tmp_path / "job.log", env=environment(MLFLOW_TRACKING_URI=server.uri)) as job:
-            job.until(lambda: newest_step(run) >= 6 and read_memory(str(run)), "epoch 2 in MLflow")
+            job.until(lambda: newest_step(run) >= 6 and read_state(str(run)), "epoch 2 in MLflow")
             database.kill()
             reached = newest_step(run)
             job.until(lambda: newest_step(run) > reached, "a step without the database")
@@ -42,15 +42,15 @@ def test_database_and_server_killed_in_mid_run_are_refilled(tmp_path: Path):
             job.until(lambda: newest_step(run) > reached + 3, "a step with the database back")
             server.kill()
             assert job.wait() == 0
-        command = f"python -m paml.tracking {run} --tracking-uri {server.uri}"
-        assert "is away" in job.output
+        command = f"paml sync {run} --tracking_uri {server.uri}"
+        assert "unreachable" in job.output
         assert command in job.output
 
         server.start()
         assert status_in_mlflow(server.uri, "followed") == ["RUNNING"]
-        refill = [sys.executable, *command.split()[1:]]
-        done = subprocess.run(refill, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+        sync = [*PAML, *command.split()[1:]]
+        result = subprocess.run(sync, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
         assert differences(str(run), server.uri) == []
     finally:
         server.kill()

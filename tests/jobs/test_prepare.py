@@ -1,5 +1,6 @@
-"""The preparation as people start it: its sources, its plan, a stop, a part that fails, one's own data."""
+"""`paml prepare`: sources, plan, interruption, failed parts, and data with label files."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -7,19 +8,20 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from paml.distributed.prepare_run import at_absolute_paths
-from paml.errors import DataError, SettingsError
+from paml.distributed.prepare import with_absolute_paths
+from paml.errors import DataError, LabelError, SettingsError
 from paml.labels import LabelTable
-from paml.prepare import OwnSettings, PrepareSettings, prepare
-from paml.prepare_plan import plan
+from paml.preparation.plan import plan
+from paml.preparation.prepare import PrepareSettings, prepare
 from paml.shards import Manifest, ShardSettings, verify_shards
 from tests.helpers.jobs import PREPARE, Job, environment, write_scenes
-from tests.shards.images import encoded, picture
+from tests.shards.images import encoded, gradient
 
 SPLITS = ("train", "validation", "test")
 SMALL = ShardSettings(size=32, samples_per_shard=20)
@@ -56,24 +58,24 @@ def shard_bytes(out: Path) -> dict[str, bytes]:
     return {name: data for name, data in all_bytes(out / "shards").items() if not name.endswith("coverage.parquet")}
 
 
-def test_folder_bucket_and_tars_give_the_same_shards(scenes: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    prepare(settings_of(scenes, tmp_path / "folder"), said.append)
+def test_folder_bucket_and_tars_yield_the_same_shards(scenes: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    prepare(settings_of(scenes, tmp_path / "folder"), lines.append)
     tars = tmp_path / "tars"
     tars.mkdir()
     for split in SPLITS:
-        photos = sorted((scenes / "images" / split).iterdir())
+        images = sorted((scenes / "images" / split).iterdir())
         for number in range(2):
             with tarfile.open(tars / f"{split}_{number}.tar.gz", "w:gz") as tar:
-                for photo in photos[number::2]:
-                    tar.add(photo, f"{split}_{number}/{photo.name}")
-    prepare(settings_of(scenes, tmp_path / "tar", images=str(tars)), said.append)
-    prepare(settings_of(scenes, tmp_path / "bucket", images_from="bucket"), said.append)
+                for image in images[number::2]:
+                    tar.add(image, f"{split}_{number}/{image.name}")
+    prepare(settings_of(scenes, tmp_path / "tar", images=str(tars)), lines.append)
+    prepare(settings_of(scenes, tmp_path / "bucket", images_from="bucket"), lines.append)
     assert shard_bytes(tmp_path / "folder") == shard_bytes(tmp_path / "tar") == shard_bytes(tmp_path / "bucket")
     assert Manifest.open(tmp_path / "tar" / "shards" / "train").num_samples == 60
 
 
-def test_later_releases_are_found_by_their_own_names(scenes: Path, tmp_path: Path) -> None:
+def test_file_names_of_later_releases(scenes: Path, tmp_path: Path) -> None:
     v3, v7 = scenes / "2017_11", tmp_path / "v7"
     v7.mkdir()
     for name in ("classes-trainable.txt", "class-descriptions.csv"):
@@ -86,22 +88,22 @@ def test_later_releases_are_found_by_their_own_names(scenes: Path, tmp_path: Pat
         old, new = (LabelTable.open(str(tmp_path / out / "labels" / f"{split}.arrow")) for out in "ab")
         assert (new.digest, new.names) == (old.digest, old.names)
     (v7 / "oidv7-val-annotations-human-imagelabels.csv").unlink()
-    with pytest.raises(DataError, match=r"holds no oidv7-val-annotations-human-imagelabels\.csv for 'validation'"):
+    with pytest.raises(DataError, match=r"no oidv7-val-annotations-human-imagelabels\.csv for 'validation'"):
         prepare(settings_of(scenes, tmp_path / "c", release=str(v7)), lambda line: None)
 
 
-def test_what_is_missing_ends_in_the_coverage_report(scenes: Path, tmp_path: Path) -> None:
+def test_missing_images_are_reported(scenes: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     for split in SPLITS:
         (images / split).mkdir(parents=True)
-        for photo in sorted((scenes / "images" / split).iterdir())[::2]:
-            (images / split / photo.name).write_bytes(photo.read_bytes())
-    said: list[str] = []
+        for image in sorted((scenes / "images" / split).iterdir())[::2]:
+            (images / split / image.name).write_bytes(image.read_bytes())
+    lines: list[str] = []
     out = tmp_path / "out"
-    prepare(settings_of(scenes, out, images=str(images), only_labelled=True), said.append)
-    assert any(line.startswith("ATTENTION: 50.0% OF THE LABELLED IMAGES ARE MISSING") for line in said)
-    assert any("30 rejected (30 of them wanted and not found), see rejects.csv" in line for line in said)
-    assert any(line.endswith(": wanted, but in no source") for line in said)
+    report = prepare(settings_of(scenes, out, images=str(images), only_labeled=True), lines.append)
+    assert any(line.startswith("WARNING: 50.0% of the labeled images are missing") for line in lines)
+    assert (report.splits["train"].shards.rejected, report.splits["train"].shards.missing) == (30, 30)
+    assert sum(line.startswith("  rejected: ") for line in lines) == 9
     coverage = pq.read_table(out / "shards" / "train" / "coverage.parquet")
     totals = json.loads(coverage.schema.metadata[b"paml"])
     assert (totals["images_found"], totals["images_missing"]) == (30, 30)
@@ -111,7 +113,7 @@ def test_what_is_missing_ends_in_the_coverage_report(scenes: Path, tmp_path: Pat
     assert found == len(labels.cls)
 
 
-def test_the_plan_tells_images_and_bytes_and_writes_nothing(scenes: Path, tmp_path: Path) -> None:
+def test_plan_writes_nothing(scenes: Path, tmp_path: Path) -> None:
     command = [sys.executable, PREPARE, *options_of(scenes, tmp_path / "out", "--plan", "true")]
     done = subprocess.run(
         [*command, "--prices.nodes", "1000", "--prices.node_hour", "1e6"],
@@ -123,24 +125,24 @@ def test_the_plan_tells_images_and_bytes_and_writes_nothing(scenes: Path, tmp_pa
     assert [rows[name][1:3] for name in (*SPLITS, "all")] == [["60"] * 2, ["20"] * 2, ["20"] * 2, ["100"] * 2]
     assert "from a sample of 100 images (100 usable)" in done.stdout
     assert "16000 CPUs" in done.stdout
-    money = re.search(r"US dollars: ([\d,.]+) once \(nodes ([\d,.]+), egress 0.00", done.stdout)
-    assert money is not None
-    assert float(money[1].replace(",", "")) > 0
+    cost = re.search(r"([\d,.]+) US dollars", done.stdout)
+    assert cost is not None
+    assert float(cost[1].replace(",", "")) > 0
 
 
-def test_the_plan_reckons_with_what_the_bucket_lacks(scenes: Path, tmp_path: Path) -> None:
+def test_plan_accounts_for_missing_images(scenes: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     for split in SPLITS:
         (images / split).mkdir(parents=True)
-        for photo in sorted((scenes / "images" / split).iterdir())[::2]:
-            (images / split / photo.name).write_bytes(photo.read_bytes())
-    said: list[str] = []
+        for image in sorted((scenes / "images" / split).iterdir())[::2]:
+            (images / split / image.name).write_bytes(image.read_bytes())
+    lines: list[str] = []
     (train,) = plan(settings_of(scenes, tmp_path / "out", images=str(images), images_from="bucket", splits=("train",)),
-        cpus=4, say=said.append)  # fmt: skip
-    sizes = [photo.stat().st_size for photo in (images / "train").iterdir()]
-    assert (train.asked, train.images, train.sample.found, train.sample.asked) == (60, 30.0, 30, 60)
+        cpus=4, log=lines.append)  # fmt: skip
+    sizes = [image.stat().st_size for image in (images / "train").iterdir()]
+    assert (train.requested, train.images, train.usable, train.sampled) == (60, 30.0, 30, 60)
     assert train.bytes_in == pytest.approx(sum(sizes))
-    prepare(settings_of(scenes, tmp_path / "made", images=str(images), splits=("train",)), said.append)
+    prepare(settings_of(scenes, tmp_path / "made", images=str(images), splits=("train",)), lines.append)
     assert train.bytes_out == pytest.approx(
         Manifest.open(tmp_path / "made" / "shards" / "train").report["bytes"], rel=0.5
     )
@@ -148,14 +150,14 @@ def test_the_plan_reckons_with_what_the_bucket_lacks(scenes: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_stopped_job_goes_on_by_the_same_command(scenes: Path, tmp_path: Path) -> None:
+def test_stopped_command_resumes(scenes: Path, tmp_path: Path) -> None:
     many = tmp_path / "images"
     for split in SPLITS:
         (many / split).mkdir(parents=True)
-    photos = [encoded(picture(number, 800, 600)) for number in range(5)]
+    images = [encoded(gradient(number, 800, 600)) for number in range(5)]
     for number in range(600):
-        (many / "train" / f"{number:016x}.jpg").write_bytes(photos[number % 5])
-    (many / "validation" / f"{1:016x}.jpg").write_bytes(encoded(picture(1)))
+        (many / "train" / f"{number:016x}.jpg").write_bytes(images[number % 5])
+    (many / "validation" / f"{1:016x}.jpg").write_bytes(encoded(gradient(1)))
     options = options_of(scenes, tmp_path / "out", "--images", str(many), "--splits", "[train,validation]")
     options[options.index("--shards.samples_per_shard") + 1] = "200"
     partial = tmp_path / "out" / "shards" / "train" / ".partial"
@@ -163,7 +165,7 @@ def test_a_stopped_job_goes_on_by_the_same_command(scenes: Path, tmp_path: Path)
         job.until(lambda: (partial / "plan.json").exists(), "the first shards")
         job.process.send_signal(signal.SIGTERM)
         assert job.wait(30) == 128 + signal.SIGTERM
-        assert "stopped; the same command goes on" in job.output
+        assert "stopped; repeat the command to continue" in job.output
         assert "Traceback" not in job.output
     assert not (tmp_path / "out" / "shards" / "train" / "manifest.arrow").exists()
     with Job([sys.executable, PREPARE, *options], tmp_path / "second.log", env=environment()) as job:
@@ -175,83 +177,127 @@ def test_a_stopped_job_goes_on_by_the_same_command(scenes: Path, tmp_path: Path)
     assert verify_shards(tmp_path / "out" / "shards" / "train").ok
 
 
-def test_parts_that_fail_are_listed_once_all_else_is_done(scenes: Path, tmp_path: Path) -> None:
-    """A folder stands where a photo should be: storage that cannot tell, not an image that is absent."""
+def test_failed_parts_are_listed_after_the_rest_is_done(scenes: Path, tmp_path: Path) -> None:
+    """A folder in place of an image is a storage error, not a missing image."""
     images = tmp_path / "images"
     shutil.copytree(scenes / "images", images)
-    photo = sorted((images / "train").iterdir())[7]
-    photo.rename(tmp_path / "kept.jpg")
-    photo.mkdir()
+    image = sorted((images / "train").iterdir())[7]
+    image.rename(tmp_path / "backup.jpg")
+    image.mkdir()
     command = [sys.executable, PREPARE, *options_of(scenes, tmp_path / "out", "--images", str(images))]
     command += ["--images_from", "bucket", "--retries", "0"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     last = done.stderr[done.stderr.index("error: ") :]
     assert last.startswith("error: 1 of 1 tasks failed")
-    assert "keys-000000" in last
-    assert str(photo) in last
+    assert "files-000000" in last
+    assert str(image) in last
     assert "Traceback" not in done.stderr
     for split in ("validation", "test"):
         assert Manifest.open(tmp_path / "out" / "shards" / split).num_samples == 20
-    photo.rmdir()
-    (tmp_path / "kept.jpg").rename(photo)
+    image.rmdir()
+    (tmp_path / "backup.jpg").rename(image)
     assert subprocess.run(command, env=environment(), capture_output=True, timeout=120).returncode == 0
     assert Manifest.open(tmp_path / "out" / "shards" / "train").num_samples == 60
 
 
-def test_ones_own_images_and_labels(tmp_path: Path) -> None:
-    images = tmp_path / "photos"
-    images.mkdir()
-    for number in range(12):
-        (images / f"photo {number}.png").write_bytes(encoded(picture(number), "PNG"))
+def write_images(folder: Path, count: int) -> None:
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"image {number}.png").write_bytes(encoded(gradient(number), "PNG"))
+
+
+def write_labels(path: Path, numbers: Iterable[int]) -> None:
+    lines = [f"image {n}.png,{'cat;dog' if n % 2 else 'dog'}" for n in numbers]
+    path.write_text("\n".join(["image,labels", *lines]) + "\n")
+
+
+def test_images_and_a_label_file_per_split(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 12)
     rows = {"train": range(8), "test": range(8, 12)}
     for split, numbers in rows.items():
-        lines = [f"photo {n}.png,{'cat;dog' if n % 2 else 'dog'}" for n in numbers]
-        (tmp_path / f"{split}.csv").write_text("\n".join(["image,labels", *lines]) + "\n")
+        write_labels(tmp_path / f"{split}.csv", numbers)
     settings = PrepareSettings(
         out=str(tmp_path / "out"),
-        images=str(images),
+        images=str(tmp_path / "images"),
         splits=("train", "test"),
-        own=OwnSettings(labels=str(tmp_path / "{split}.csv"), complete=True),
+        labels=str(tmp_path / "{split}.csv"),
+        complete_labels=True,
         shards=SMALL,
         workers=1,
     )
-    prepare(settings, lambda line: None)
+    report = prepare(settings, lambda line: None)
     for split, numbers in rows.items():
         table = LabelTable.open(str(tmp_path / "out" / "labels" / f"{split}.arrow"))
         manifest = Manifest.open(tmp_path / "out" / "shards" / split)
         assert table.classes == ("cat", "dog")
-        assert set(manifest.keys().to_pylist()) == {f"photo {n}" for n in numbers} == set(table.keys())
-        assert manifest.report["rejected"] == 0
+        assert set(manifest.keys().to_pylist()) == {f"image {n}" for n in numbers} == set(table.keys())
+        assert report.splits[split].shards.written == len(numbers)
+        assert report.splits[split].table.digest == table.digest
+        assert report.splits[split].coverage.found_fraction == 1
+    assert "train: 8 images, 16 labels, 0 images rejected" in str(report)
+
+
+def test_one_label_file_is_divided_into_splits(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 40)
+    write_labels(tmp_path / "labels.csv", range(40))
+    settings = PrepareSettings(
+        out=str(tmp_path / "out"),
+        images=str(tmp_path / "images"),
+        labels=str(tmp_path / "labels.csv"),
+        split_fractions=(0.5, 0.25, 0.25),
+        shards=SMALL,
+        workers=1,
+    )
+    report = prepare(settings, lambda line: None)
+    keys = [set(Manifest.open(tmp_path / "out" / "shards" / split).keys().to_pylist()) for split in SPLITS]
+    assert set.union(*keys) == {f"image {n}" for n in range(40)}
+    assert sum(map(len, keys)) == 40
+    assert all(len(split) >= 4 for split in keys)
+    assert {report.splits[split].table.classes for split in SPLITS} == {("cat", "dog")}
+    with pytest.raises(DataError, match="'test'"):
+        prepare(dataclasses.replace(settings, split_fractions=(0.5, 0.5, 0.0)), lambda line: None)
+    with pytest.raises(LabelError, match=r"missing.csv"):
+        prepare(dataclasses.replace(settings, labels=str(tmp_path / "missing.csv")), lambda line: None)
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"single_positive_seed": 1}, "needs full_labels"),
-        ({"annotations": "a.csv"}, r"must contain \{split\}"),
-        ({"flickr": True, "images_from": "tars"}, "tar files tell too late"),
-        ({"own": OwnSettings(labels="a.csv"), "full_labels": "full"}, "leave one of them out"),
-        ({"splits": ()}, "name train, validation or test"),
-        ({"retries": -1}, "0 or more"),
+        ({"flickr": True, "images_from": "tars"}, "tar files"),
+        ({"labels": "{split}.csv", "full_labels": "full"}, "leave one of them out"),
+        ({"labels": "a.csv", "split_fractions": (0.5, 0.5)}, "3 splits and split_fractions has 2"),
+        ({"labels": "a.csv", "flickr": True}, "flickr"),
+        ({"images_from": "disk"}, "'disk'; it must be one of auto, folder, bucket, tars"),
+        ({"splits": ()}, "splits is empty"),
+        ({"retries": -1}, "retries is -1"),
     ],
 )
-def test_settings_that_contradict_are_refused(changes: dict, says: str) -> None:
-    with pytest.raises(SettingsError, match=says):
+def test_contradicting_settings(changes: dict, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
         PrepareSettings(**changes)
 
 
-def test_relative_paths_begin_at_the_base() -> None:
+@pytest.mark.parametrize("changes", [{}, {"labels": "labels-{split}.csv"}])
+def test_missing_input_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((DataError, LabelError)):
+        prepare(PrepareSettings(**changes), lambda line: None)
+    assert not any(tmp_path.iterdir())
+
+
+def test_relative_paths() -> None:
     settings = PrepareSettings(
-        out="s3://bucket/out", release="a/2017_11", release_from="https://some.where/x", images="/photos",
+        out="s3://bucket/out", release="a/2017_11", release_from="https://some.where/x", images="/images",
         verdicts=("mine.csv", "/other.csv", "s3://bucket/third.csv"),
     )  # fmt: skip
-    moved = at_absolute_paths(settings, "/base")
+    moved = with_absolute_paths(settings, "/base")
     assert (moved.out, moved.release, moved.release_from, moved.images, moved.full_labels) == (
         "s3://bucket/out",
         "/base/a/2017_11",
         "https://some.where/x",
-        "/photos",
+        "/images",
         None,
     )
     assert moved.verdicts == ("/base/mine.csv", "/other.csv", "s3://bucket/third.csv")

@@ -1,63 +1,62 @@
-"""Every recipe is read by the job that it names, and opens with its command."""
+"""Every recipe can be read by its command, and starts with it."""
 
-import sys
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from jobs import demo
-from paml.cli import read_settings
+from paml import demo
+from paml.cli.commands import COMMANDS
 from paml.compare.grid import plan_grid
-from paml.compare.halving import candidates
-from paml.compare.settings import CompareSettings, SearchSettings, SweepSettings
-from paml.compare.trials import plan_sweep
-from paml.prepare import PrepareSettings
+from paml.compare.settings import CompareSettings, TuneSettings
+from paml.compare.sweep import plan_sweep
+from paml.preparation.prepare import PrepareSettings
+from paml.recipes import FOLDER, find_recipe, recipe_names, summary
+from paml.settings import read_settings
 from paml.training.settings import TrainSettings
 from tests.helpers.jobs import ROOT
 
-RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.yaml"))
 
-
-def kind_of(recipe: Path) -> type:
-    """Settings of the job that a recipe is for."""
-    if recipe.stem.startswith("compare_"):
+def kind_of(name: str) -> type:
+    """Settings class of the command that a recipe is for."""
+    if name.startswith("compare_"):
         return CompareSettings
-    if recipe.stem.startswith("search_"):
-        return SearchSettings
-    if recipe.stem.startswith("sweep_"):
-        return SweepSettings
-    return PrepareSettings if recipe.stem.startswith("prepare_") or recipe.stem.endswith("_data") else TrainSettings
+    if name.startswith("tune_"):
+        return TuneSettings
+    return PrepareSettings if name.startswith("prepare_") or name.endswith("_data") else TrainSettings
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe_is_read(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_is_read(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["job", "--config", str(recipe)])
-    settings = read_settings(kind_of(recipe), "")
-    if isinstance(settings, SearchSettings):
-        assert candidates(settings, str(ROOT))
-    if isinstance(settings, SweepSettings):
-        assert plan_sweep(settings, str(ROOT)).settings.count > 1
-    monkeypatch.setattr(sys, "argv", ["job", "--config", str(recipe), "--print_config"])
+    settings = read_settings(kind_of(name), ["--config", name])
+    if isinstance(settings, TuneSettings):
+        assert plan_sweep(settings, str(ROOT)).settings.schedule
     with pytest.raises(SystemExit) as stop:
-        read_settings(kind_of(recipe), "")
+        read_settings(kind_of(name), ["--config", name, "--print_config"])
     assert stop.value.code == 0
     assert capsys.readouterr().out
-    head = "".join(line for line in recipe.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert "jobs/" in head or "make demo" in head
 
 
-def test_the_comparison_is_as_large_as_its_recipe_says(monkeypatch: pytest.MonkeyPatch):
-    recipe = ROOT / "jobs" / "recipes" / "compare_coco18.yaml"
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_starts_with_a_description_and_names_its_command(name: str):
+    comments = [line for line in (FOLDER / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
+    assert len(summary(name)) > 20
+    commands = re.findall(r"paml (?:submit )?(\w+)", "\n".join(comments))
+    assert any(command in COMMANDS for command in commands)
+    for named in re.findall(r"--config ([a-z]\w+)(?= |$)", "\n".join(comments)):
+        assert named in recipe_names()
+
+
+def test_the_comparison_has_the_number_of_trainings_its_recipe_states(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["job", "--config", str(recipe), "--seeds", "[0]"])
-    grid = plan_grid(read_settings(CompareSettings, ""), str(ROOT))
-    assert f"{len(grid.trainings)} trainings a seed" in recipe.read_text()
+    grid = plan_grid(read_settings(CompareSettings, ["--config", "compare_coco18", "--seeds", "[0]"]), str(ROOT))
+    assert f"{len(grid.trainings)} trainings per seed" in Path(find_recipe("compare_coco18")).read_text()
     assert [len(rows) for rows in grid.tables.values()] == [44, 44]
 
 
-def test_the_demos_sweep_finds_what_the_demo_leaves():
-    common = yaml.safe_load((ROOT / "jobs" / "recipes" / "sweep_demo.yaml").read_text())["common"]
-    assert common["data.root"] == str(demo.data_folder(0))
-    assert common["model.weights"] == str(demo.weights_file())
+def test_the_recipe_tune_demo_uses_the_files_of_the_demo():
+    common = yaml.safe_load(Path(find_recipe("tune_demo")).read_text())["common"]
+    assert common["data.root"] == str(demo.scenes_folder(Path("data/demo"), 0))
+    assert common["model.weights"] == str(demo.backbone_file(Path("data/demo")))

@@ -1,28 +1,29 @@
-"""A stopped run says so, in its exit status and in MLflow, leaves no process behind, and can be gone on with."""
+"""A stopped run reports it in its exit status and in MLflow, leaves no process behind, and can be resumed."""
 
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from paml.tracking.view import read_memory
+from paml.tracking.mlflow_sink import read_state
 from tests.helpers.jobs import (
     ROOT,
-    gone,
     newest_step,
     prepare_scenes,
     status_in_mlflow,
+    survivors,
     tiny_options,
     train_job,
     write_scenes,
 )
 from tests.helpers.kills import OwnRay
 
-LONG = {"epochs": 400, "checkpoint__every_steps": 3, "run__mlflow": "true"}
+LONG = {"epochs": 400, "checkpoint__every_steps": 3, "run__trackers": "[mlflow]"}
 
 
 @pytest.fixture(scope="module")
@@ -44,29 +45,29 @@ def test_signal_stops_the_job(data: Path, tmp_path: Path, number: int, workers: 
     options = tiny_options(data, runs, "stopped", **LONG, **changes)
     with train_job(options, tmp_path / "first.log") as job:
         job.until(lambda: newest_step(runs / "stopped") >= 4, "step 4")
-        job.until(lambda: read_memory(str(runs / "stopped")), "MLflow")
+        job.until(lambda: read_state(str(runs / "stopped")), "MLflow")
         started = job.descendants()
         job.process.send_signal(number)
-        assert job.wait(60) == status, job.output
-    assert gone(started) == []
-    assert "stopped; go on with --run.resume true --run.name stopped" in job.output
+        assert job.wait(120) == status, job.output
+    assert survivors(started) == []
+    assert "--run.resume true --run.name stopped" in job.output
     assert "Traceback" not in job.output
     assert status_of(runs) == ["KILLED"]
 
     reached = newest_step(runs / "stopped")
     with train_job([*options, "--run.resume", "true"], tmp_path / "second.log") as job:
         job.until(lambda: newest_step(runs / "stopped") > reached, "a step further")
-        job.until(lambda: "going on at epoch" in job.output, "its first line")
+        job.until(lambda: "resuming at epoch" in job.output, "its first line")
         job.until(lambda: status_of(runs) == ["RUNNING"], "MLflow")
         started = job.descendants()
         job.process.send_signal(signal.SIGTERM)
-        assert job.wait(60) == 143
-    assert gone(started) == []
+        assert job.wait(120) == 143
+    assert survivors(started) == []
     assert status_of(runs) == ["KILLED"]
 
 
 def ray_job(ray: OwnRay, *arguments: str, seconds: float = 240) -> subprocess.CompletedProcess:
-    """`ray job ...`, its output as text."""
+    """Run `ray job ...`."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "job", *arguments]
     return subprocess.run(
         command,
@@ -90,24 +91,26 @@ def test_ray_job_stop(data: Path, tmp_path: Path):
         idle = {process.pid for process in ray.processes()}
         submitted = ray_job(ray, "submit", "--no-wait", "--", "python", "jobs/train_openimages.py", *options)
         assert submitted.returncode == 0, submitted.stdout
-        found = re.search(r"raysubmit_\w+", submitted.stdout)
-        assert found is not None
-        wait_for(lambda: newest_step(runs / "stopped") >= 4 and read_memory(str(runs / "stopped")))
+        match = re.search(r"raysubmit_\w+", submitted.stdout)
+        assert match is not None
+        wait_for(lambda: newest_step(runs / "stopped") >= 4 and read_state(str(runs / "stopped")))
         started = [
-            process for process in ray.processes() if process.pid not in idle and "train_openimages" in line_of(process)
+            process
+            for process in ray.processes()
+            if process.pid not in idle and "train_openimages" in command_line(process)
         ]
         assert started
-        stopped = ray_job(ray, "stop", found.group())
+        stopped = ray_job(ray, "stop", match.group())
         assert stopped.returncode == 0, stopped.stdout
-        assert gone(started) == []
-        assert "was stopped" in ray_job(ray, "status", found.group()).stdout
+        assert survivors(started) == []
+        assert "was stopped" in ray_job(ray, "status", match.group()).stdout
         assert status_of(runs) == ["KILLED"]
-        wait_for(lambda: not [process for process in ray.processes() if "RayTrainWorker" in line_of(process)], 60)
+        wait_for(lambda: not [process for process in ray.processes() if "RayTrainWorker" in command_line(process)], 60)
     finally:
         ray.stop()
 
 
-def line_of(process: psutil.Process) -> str:
+def command_line(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
@@ -115,9 +118,7 @@ def line_of(process: psutil.Process) -> str:
 
 
 def wait_for(condition, seconds: float = 180) -> None:
-    import time
-
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited too long"
+        assert time.monotonic() < end, f"waited {seconds:g} s"
         time.sleep(0.1)

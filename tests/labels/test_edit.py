@@ -1,4 +1,4 @@
-"""Tables made from tables equal the same change of a plain dictionary of pairs."""
+"""Tables made from tables equal the same change of a dictionary of pairs."""
 
 import itertools
 from pathlib import Path
@@ -15,13 +15,12 @@ from paml.labels import (
     LabelError,
     LabelTable,
     build_label_table,
-    cut,
     export_classes,
     export_csv,
-    keep,
+    filter_labels,
+    filter_table,
     merge,
     split,
-    split_by_keys,
     table_from_triples,
 )
 from tests.labels.test_table import pairs_of
@@ -51,11 +50,10 @@ def write(folder: Path, case: tuple[list[str], list[str], Pairs], name: str = "t
     )
 
 
-def check_sound(table: LabelTable, pairs: Pairs, keys: set[str]) -> None:
+def check_table(table: LabelTable, pairs: Pairs, keys: set[str]) -> None:
     assert pairs_of(table) == pairs
     assert table.keys() == sorted(keys)
     assert table.digest == write(Path(table.path).parent, (sorted(keys), list(table.classes), pairs), "same").digest
-    table.verify()
 
 
 @pytest.fixture(scope="module")
@@ -65,31 +63,31 @@ def folder(tmp_path_factory) -> Path:
 
 @given(tables(), st.data())
 @settings(max_examples=40, deadline=None)
-def test_cut(folder: Path, case: tuple, data: st.DataObject) -> None:
+def test_filter_table(folder: Path, case: tuple, data: st.DataObject) -> None:
     keys, mids, pairs = case
     table = write(folder, case)
     classes = data.draw(
         st.none() | st.permutations(mids).flatmap(lambda m: st.integers(1, len(m)).map(lambda n: m[:n]))
     )
     images = data.draw(st.none() | st.lists(st.sampled_from(keys), unique=True))
-    part = cut(table, str(folder / "cut.arrow"), classes=classes, images=images)
+    part = filter_table(table, str(folder / "part.arrow"), classes=classes, images=images)
     in_images, in_classes = set(keys if images is None else images), mids if classes is None else classes
     assert part.classes == tuple(in_classes)
     assert part.names == tuple(f"name of {mid}" for mid in in_classes)
-    check_sound(part, {p: s for p, s in pairs.items() if p[0] in in_images and p[1] in in_classes}, in_images)
+    check_table(part, {p: s for p, s in pairs.items() if p[0] in in_images and p[1] in in_classes}, in_images)
 
 
 @given(tables(), st.integers(0, 2**32))
 @settings(max_examples=40, deadline=None)
-def test_keep(folder: Path, case: tuple, seed: int) -> None:
+def test_filter_labels(folder: Path, case: tuple, seed: int) -> None:
     keys, _, pairs = case
     table = write(folder, case)
-    positive = keep(table, str(folder / "kept.arrow"), lambda labels: labels.state == POSITIVE)
-    check_sound(positive, {pair: state for pair, state in pairs.items() if state == POSITIVE}, set(keys))
+    positive = filter_labels(table, str(folder / "part.arrow"), lambda labels: labels.state == POSITIVE)
+    check_table(positive, {pair: state for pair, state in pairs.items() if state == POSITIVE}, set(keys))
     mask = np.random.default_rng(seed).random(table.num_annotations) < 0.5
-    some = keep(table, str(folder / "kept.arrow"), mask)
+    some = filter_labels(table, str(folder / "part.arrow"), lambda labels: mask)
     assert list(pairs_of(some).items()) == [
-        item for item, kept in zip(pairs_of(table).items(), mask, strict=True) if kept
+        item for item, chosen in zip(pairs_of(table).items(), mask, strict=True) if chosen
     ]
 
 
@@ -97,27 +95,28 @@ def test_keep(folder: Path, case: tuple, seed: int) -> None:
 @settings(max_examples=60, deadline=None)
 def test_merge(folder: Path, cases: list, rule: str) -> None:
     opened = [write(folder, case, f"{number}.arrow") for number, case in enumerate(cases)]
-    said: dict[tuple[str, str], list[int]] = {}
+    votes: dict[tuple[str, str], list[int]] = {}
     for _, _, pairs in cases:
         for pair, state in pairs.items():
-            said.setdefault(pair, []).append(state)
+            votes.setdefault(pair, []).append(state)
     winner = {"negative": min, "positive": max, "drop": lambda _: None}[rule]
-    both = {pair for pair, states in said.items() if len(set(states)) == 2}
-    expected = {pair: winner(states) if pair in both else states[0] for pair, states in said.items()}
+    both = {pair for pair, states in votes.items() if len(set(states)) == 2}
+    expected = {pair: winner(states) if pair in both else states[0] for pair, states in votes.items()}
     expected = {pair: state for pair, state in expected.items() if state is not None}
-    report = merge([opened[0], *(table.path for table in opened[1:])], str(folder / "merged.arrow"), conflict=rule)
-    check_sound(report.table, expected, {key for keys, _, _ in cases for key in keys})
-    assert list(report.table.classes) == list(dict.fromkeys(mid for _, mids, _ in cases for mid in mids))
-    assert report.conflicting_pairs == len(both)
-    assert report.contradictions == sum(
-        states.count(s) for p, states in said.items() if p in both for s in (0, 1) if s != expected.get(p)
+    merged = merge([opened[0], *(table.path for table in opened[1:])], str(folder / "merged.arrow"), conflict=rule)
+    check_table(merged, expected, {key for keys, _, _ in cases for key in keys})
+    assert list(merged.classes) == list(dict.fromkeys(mid for _, mids, _ in cases for mid in mids))
+    assert merged.metadata["conflicting_pairs"] == len(both)
+    assert merged.metadata["contradictions"] == sum(
+        states.count(s) for p, states in votes.items() if p in both for s in (0, 1) if s != expected.get(p)
     )
-    assert report.annotations + report.duplicates + report.contradictions == sum(len(pairs) for _, _, pairs in cases)
+    removed = merged.metadata["duplicates"] + merged.metadata["contradictions"]
+    assert merged.num_annotations + removed == sum(len(pairs) for _, _, pairs in cases)
 
 
 @given(tables(), st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any), st.integers(0, 2**64 - 1))
 @settings(max_examples=40, deadline=None)
-def test_split_and_merge_again(folder: Path, case: tuple, weights: list[int], seed: int) -> None:
+def test_split_then_merge(folder: Path, case: tuple, weights: list[int], seed: int) -> None:
     table = write(folder, case)
     outs = [str(folder / f"part{number}.arrow") for number in range(len(weights))]
     parts = split(table, outs, [weight / sum(weights) for weight in weights], seed)
@@ -125,17 +124,17 @@ def test_split_and_merge_again(folder: Path, case: tuple, weights: list[int], se
     for part, weight in zip(parts, weights, strict=True):
         assert weight or not part.num_images
         keys = set(part.keys())
-        check_sound(part, {pair: state for pair, state in pairs_of(table).items() if pair[0] in keys}, keys)
-    assert merge(parts, str(folder / "whole.arrow")).table.digest == table.digest
+        check_table(part, {pair: state for pair, state in pairs_of(table).items() if pair[0] in keys}, keys)
+    assert merge(parts, str(folder / "whole.arrow")).digest == table.digest
 
 
-def test_a_split_has_its_shares_and_keeps_its_images_as_the_table_grows(folder: Path) -> None:
+def test_split_fractions_and_stability_as_the_table_grows(folder: Path) -> None:
     keys = [f"{value:016x}" for value in range(20_000)]
     whole = write(folder, (keys, ["/m/a"], {}), "whole.arrow")
     outs = [str(folder / f"{number}.arrow") for number in range(3)]
     parts = split(whole, outs, [0.7, 0.2, 0.1], 5)
-    for part, share in zip(parts, (0.7, 0.2, 0.1), strict=True):
-        assert abs(part.num_images - share * 20_000) < 5 * np.sqrt(share * (1 - share) * 20_000)
+    for part, fraction in zip(parts, (0.7, 0.2, 0.1), strict=True):
+        assert abs(part.num_images - fraction * 20_000) < 5 * np.sqrt(fraction * (1 - fraction) * 20_000)
     train = set(parts[0].keys())
     half = write(folder, ([*keys[::2], "a photo"], ["/m/a"], {}), "half.arrow")
     first, *_ = split(half, [str(folder / f"h{number}.arrow") for number in range(3)], [0.7, 0.2, 0.1], 5)
@@ -144,58 +143,41 @@ def test_a_split_has_its_shares_and_keeps_its_images_as_the_table_grows(folder: 
     assert 0.4 < len(train & set(other.keys())) / 20_000 < 0.6
 
 
-def test_split_by_keys(folder: Path) -> None:
-    table = write(folder, (KEYS, MIDS, {(key, "/m/a"): 1 for key in KEYS}))
-    one, two, rest = (str(folder / f"{name}.arrow") for name in ("one", "two", "rest"))
-    parts = split_by_keys(table, {one: [KEYS[3], KEYS[0]], two: KEYS[5:]}, rest)
-    assert [set(part.keys()) for part in parts] == [{KEYS[0], KEYS[3]}, set(KEYS[5:]), {KEYS[1], KEYS[2], KEYS[4]}]
-    assert [part.has_hex_keys for part in parts] == [True, False, True]
-    assert len(split_by_keys(table, {one: KEYS[:4], two: KEYS[4:]}, None)) == 2
-    with pytest.raises(
-        LabelError, match=r"1 images stand in two parts, .*one.arrow' and .*two.arrow', the first is 'z'"
-    ):
-        split_by_keys(table, {one: ["z"], two: KEYS}, rest)
-    with pytest.raises(
-        LabelError, match=r"7 images of label table .* stand in no part, the first is '0000000000000000'"
-    ):
-        split_by_keys(table, {one: ["z"]}, None)
-
-
 @given(tables().filter(lambda case: case[2]))
 @settings(max_examples=25, deadline=None)
-def test_csv_and_back(folder: Path, case: tuple) -> None:
+def test_csv_round_trip(folder: Path, case: tuple) -> None:
     _, mids, pairs = case
     table = write(folder, (sorted({key for key, _ in pairs}), mids, pairs))
     export_csv(table, str(folder / "back.csv"))
     export_classes(table, str(folder / "classes.csv"))
     classes = str(folder / "classes.csv")
     report = build_label_table(str(folder / "back.csv"), classes, str(folder / "back.arrow"), descriptions=classes)
-    assert report.digest == table.digest
-    assert report.rows == report.annotations == len(pairs)
+    assert report.table.digest == table.digest
+    assert report.rows == report.table.num_annotations == len(pairs)
     rows = pacsv.read_csv(folder / "back.csv", convert_options=pacsv.ConvertOptions(column_types={"ImageID": "string"}))
     assert rows.column_names == ["ImageID", "Source", "LabelName", "Confidence"]
     found = zip(*(rows[name].to_pylist() for name in ("ImageID", "LabelName", "Confidence")), strict=True)
     assert {(key, mid): state for key, mid, state in found} == pairs
 
 
-def test_what_cannot_be_done_is_named(folder: Path) -> None:
+def test_errors(folder: Path) -> None:
     table = write(folder, (["a", "b"], ["/m/a", "/m/b"], {("a", "/m/a"): 1, ("b", "/m/b"): 1}))
     against = write(folder, (["a"], ["/m/a"], {("a", "/m/a"): 0}), "against.arrow")
     out = str(folder / "out.arrow")
     for change, message in [
-        (lambda: cut(table, out, classes=["/m/a", "/m/q"]), r"1 of 2 classes are not in label table .* '/m/q'"),
-        (lambda: cut(table, out, classes=["/m/a", "/m/a"]), "class '/m/a' is named twice"),
-        (lambda: cut(table, out, classes=[]), "there are no classes"),
-        (lambda: cut(table, out, images=["a", "c"]), r"1 of 2 keys are not in label table .* the first is 'c'"),
-        (lambda: cut(table, out, images=["a", "b", "a"]), "image 'a' is named twice"),
-        (lambda: cut(table, table.path), "would be written over itself"),
-        (lambda: keep(table, out, np.ones(3, bool)), r"type bool and shape \(3,\), allowed is bool"),
-        (lambda: keep(table, out, lambda labels: labels.state), "type int8"),
-        (lambda: merge([], out), "there are no label tables to merge"),
+        (lambda: filter_table(table, out, classes=["/m/a", "/m/q"]), r"1 of 2 classes .* '/m/q'"),
+        (lambda: filter_table(table, out, classes=["/m/a", "/m/a"]), "class '/m/a' is a duplicate"),
+        (lambda: filter_table(table, out, classes=[]), "there are no classes"),
+        (lambda: filter_table(table, out, images=["a", "c"]), r"1 of 2 keys are not in label table .* such as 'c'"),
+        (lambda: filter_table(table, out, images=["a", "b", "a"]), "image 'a' is listed twice"),
+        (lambda: filter_table(table, table.path), "overwrite"),
+        (lambda: filter_labels(table, out, lambda labels: np.ones(3, bool)), r"type bool and shape \(3,\)"),
+        (lambda: filter_labels(table, out, lambda labels: labels.state), "type int8"),
+        (lambda: merge([], out), "no label tables"),
         (lambda: merge([table], out, conflict="both"), "conflict is 'both', allowed are negative"),
-        (lambda: merge([table, against], out, conflict="error"), r"1 pairs .*: image a and class /m/a"),
-        (lambda: split(table, [out], [0.5], 0), r"the shares are \[0.5\], allowed are numbers"),
-        (lambda: split(table, [out], [0.5, 0.5], 0), "2 shares for 1 tables"),
+        (lambda: merge([table, against], out, conflict="error"), r"1 pairs .* image a and class /m/a"),
+        (lambda: split(table, [out], [0.5], 0), r"fractions are \[0.5\]"),
+        (lambda: split(table, [out], [0.5, 0.5], 0), "2 fractions for 1 tables"),
     ]:  # fmt: skip
         with pytest.raises(LabelError, match=message):
             change()

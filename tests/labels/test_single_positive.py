@@ -1,4 +1,4 @@
-"""The single-positive protocol, against the released script's own output and for its properties."""
+"""The single-positive protocol: equal to the output of the released script, and its properties."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.helpers.shared import shared
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_it_equals_the_released_script(split: str) -> None:
+def test_equals_the_released_script(split: str) -> None:
     golden = np.load(shared("golden", "single_positive_seed1200.npz"))
     observed = single_positive(golden[f"{split}_full"], seed=1200)
     np.testing.assert_array_equal(observed, golden[f"{split}_observed"] == 1)
@@ -27,7 +27,7 @@ def full_table(folder: Path, num_images: int = 400, keys: list[str] | None = Non
 
 
 @pytest.mark.parametrize("protocol", ["hash", "released"])
-def test_one_positive_of_each_image_and_no_more(protocol: str, tmp_path: Path) -> None:
+def test_exactly_one_positive_per_image(protocol: str, tmp_path: Path) -> None:
     full = full_table(tmp_path)
     observed = observe_single_positive(full, str(tmp_path / "single"), seed=3, protocol=protocol)
     assert observed.keys() == full.keys()
@@ -45,7 +45,7 @@ def test_one_positive_of_each_image_and_no_more(protocol: str, tmp_path: Path) -
     assert again.metadata["single_positive"] == {"seed": 3, "protocol": protocol, "full": full.digest}
 
 
-def test_the_hash_draw_depends_on_no_other_image(tmp_path: Path) -> None:
+def test_hash_protocol_does_not_depend_on_other_images(tmp_path: Path) -> None:
     full = full_table(tmp_path)
     whole = observe_single_positive(full, str(tmp_path / "whole"), seed=3)
     triples = full.lookup([11, 5])
@@ -56,16 +56,16 @@ def test_the_hash_draw_depends_on_no_other_image(tmp_path: Path) -> None:
     np.testing.assert_array_equal(seen.lookup(seen.rows_of(keys)).cls, expected.cls)
 
 
-def test_each_positive_is_as_likely(tmp_path: Path) -> None:
+def test_positives_are_equally_likely(tmp_path: Path) -> None:
     count, classes = 6000, ["/m/a", "/m/b", "/m/c"]
     image, cls = (axis.reshape(-1) for axis in np.indices((count, 3)))
     keys = [f"photo {number}" for number in range(count)]
     full = table_from_triples(keys, classes, None, image, cls, np.ones(3 * count, int), str(tmp_path / "full"))
-    drawn = observe_single_positive(full, str(tmp_path / "single"), seed=0).class_counts()[0]
-    assert drawn.sum() == count
-    assert abs(drawn - count / 3).max() < 5 * np.sqrt(count * 2 / 9)
+    counts = observe_single_positive(full, str(tmp_path / "single"), seed=0).class_counts()[0]
+    assert counts.sum() == count
+    assert abs(counts - count / 3).max() < 5 * np.sqrt(count * 2 / 9)
 
 
-def test_another_protocol_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="protocol is 'cole', allowed are 'hash' and 'released'"):
+def test_unknown_protocol(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'cole'"):
         observe_single_positive(full_table(tmp_path, 10), str(tmp_path / "x"), protocol="cole")

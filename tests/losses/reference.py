@@ -1,7 +1,7 @@
-"""Every loss written down as its formula reads, in float64, from the labels of the whole batch to one number.
+"""Every loss as its formula in float64, from the labels of the whole batch to one number.
 
-Nothing here comes from the product but the codes of the states. p is sigmoid(x); 1 - p is written sigmoid(-x), which
-float64 holds where 1 - p would be 0. A weight that the authors do not differentiate is detached.
+Only the codes of the label states come from paml. p is sigmoid(x); 1 - p is sigmoid(-x), which is not rounded to 0.
+Weights that the authors do not differentiate are detached.
 """
 
 import torch
@@ -63,7 +63,7 @@ def p_asl_negative(x, state, rejected, epoch):
 
 
 def p_asl_selective(x, state, rejected, epoch):
-    """The five times B most likely unobserved labels do not count."""
+    """The 5 * B most likely unobserved labels cost nothing."""
     candidates = x.detach().masked_fill(state != UNOBSERVED, -float("inf")).flatten()
     order = candidates.sort(descending=True, stable=True).indices
     ignored = zeros_like(state, dtype=torch.bool).flatten()
@@ -100,18 +100,18 @@ def gr(x, state, rejected, epoch):
     return where(state == UNOBSERVED, unobserved, where(state == POSITIVE, -log(p), -log(q))).mean()
 
 
-def recalled_of(name: str, x: Tensor, state: Tensor) -> Tensor | None:
-    """What a loss's memory might say of labels: made up of their logits, the same wherever a label stands."""
-    unlike = 2 * torch.sin(7 * x.detach().float().nan_to_num(0, 0, 0))
+def loss_state_of(name: str, x: Tensor, state: Tensor) -> Tensor | None:
+    """A plausible `loss_state`, computed from the logits alone, so that it does not depend on a label's position."""
+    noise = 2 * torch.sin(7 * x.detach().float().nan_to_num(0, 0, 0))
     if name == "role":
-        return unlike
+        return noise
     if name == "em-apl":
-        return where((state == UNOBSERVED) & (unlike > 0), sigmoid(unlike - 4), float("nan"))
+        return where((state == UNOBSERVED) & (noise > 0), sigmoid(noise - 4), float("nan"))
     return None
 
 
 def role(x, state, rejected, epoch):
-    estimate = recalled_of("role", x, state)
+    estimate = loss_state_of("role", x, state)
     assert estimate is not None
     p, q = sigmoid(x), sigmoid(-x)
     g, h = sigmoid(estimate.double()), sigmoid(-estimate.double())
@@ -127,7 +127,7 @@ def role(x, state, rejected, epoch):
 
 def em_apl(x, state, rejected, epoch):
     p, q = sigmoid(x), sigmoid(-x)
-    target = recalled_of("em-apl", x, state)
+    target = loss_state_of("em-apl", x, state)
     assert target is not None
     t = target.double().nan_to_num(0)
     pseudo = 0.9 * (-t * log(p) - (1 - t) * log(q))
@@ -164,7 +164,7 @@ FORMULAS = {
     "em-apl": em_apl,
     "curriculum": curriculum,
 }
-"""(x, state, rejected, epoch) -> the loss at the default settings; `rejected` matters to the LL-* alone."""
+"""(x, state, rejected, epoch) -> the loss with default settings; only LL-* use `rejected`."""
 
 
 def by_formula(name: str, logits: Tensor, state: Tensor, rejected: Tensor | None, epoch: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What single losses of the papers do beside the contract: schedules, divisors, terms of the batch, settings."""
+"""Details of single losses that the contract does not cover: schedules, divisors, terms of the batch, settings."""
 
 import math
 
@@ -8,13 +8,12 @@ import torch.distributed as dist
 
 from paml.errors import SettingsError
 from paml.labels.states import NEGATIVE, POSITIVE, UNOBSERVED
-from paml.losses import LOSSES, LossSettings, check_reject_rate, partial_label_loss
+from paml.losses import LOSSES, BatchContext, LossSettings, check_reject_rate, partial_label_loss
 from paml.losses.an_ls import ANLSSettings
 from paml.losses.asl import ASLSettings
 from paml.losses.curriculum import CurriculumSettings
 from paml.losses.em import EMSettings
 from paml.losses.em_apl import EMAPLSettings
-from paml.losses.epr import EPRSettings
 from paml.losses.gr import GRSettings
 from paml.losses.hill import HillSettings
 from paml.losses.p_asl import PASLSettings
@@ -22,26 +21,26 @@ from paml.losses.role import RoleSettings
 from paml.losses.splc import SPLCSettings
 from paml.losses.wan import WANSettings
 from tests.helpers.ranks import run_on_ranks
-from tests.losses.reference import recalled_of
+from tests.losses.reference import loss_state_of
 
 MEAN_OVER_IMAGES = ["asl", "p-asl-ignore", "p-asl-negative", "p-asl-selective", "hill", "splc"]
 
 
 def loss_of(logits, state, *, epoch=3, epochs: int | None = 8, batch_size=None, slots=None, world=None, **settings):
-    """A full global batch has `batch_size` images; these may be fewer."""
+    """(loss, rejected labels, gradient). A full global batch has `batch_size` images; these may be fewer."""
     x = torch.tensor(logits).requires_grad_()
-    batch_size = batch_size or len(x)
     output = partial_label_loss(
         x,
         torch.tensor(state, dtype=torch.int8),
-        settings=LossSettings(**{"reject_rate_step": 0.002} | settings),
-        epoch=epoch,
-        epochs=epochs,
-        divisor=batch_size * x.shape[1],
-        slots_B=torch.arange(len(x)) if slots is None else torch.tensor(slots, dtype=torch.int64),
-        batch_size=batch_size,
-        world=world,
-        recalled=recalled_of(settings["name"], x, torch.tensor(state)),
+        LossSettings(**{"reject_rate_step": 0.002} | settings),
+        BatchContext(
+            epoch=epoch,
+            num_epochs=epochs,
+            slots_B=None if slots is None else torch.tensor(slots, dtype=torch.int64),
+            batch_size=batch_size,
+            world=world,
+        ),
+        loss_state=loss_state_of(settings["name"], x, torch.tensor(state)),
     )
     output.loss.backward()
     assert x.grad is not None
@@ -68,14 +67,14 @@ ROW, LABELS = [0.5, -1.0, -2.0, 3.0], [POSITIVE, NEGATIVE, UNOBSERVED, UNOBSERVE
         ("splc", 0.62245933**2 * 0.97407698 + 0.26894142**2 * 0.31326169 + 0.11920292**2 * 0.12692801 + 1.0928e-4),
     ],
 )
-def test_figures_worked_out_by_hand(name, by_hand):
+def test_values_computed_by_hand(name, by_hand):
     """One image, four classes: a positive, a negative, an unlikely unobserved label and a likely one."""
     assert loss_of([ROW], [LABELS], name=name)[0] == pytest.approx(by_hand, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
-def test_a_short_last_batch_weighs_no_more_an_image(name):
-    """Three images in a batch of twelve: a quarter of what four times as many of them cost."""
+def test_an_image_counts_the_same_in_a_short_last_batch(name):
+    """Three images in a batch of twelve cost a quarter of twelve such images."""
     labels = [NEGATIVE if label == UNOBSERVED and LOSSES[name].needs_all_observed else label for label in LABELS]
     settings = {"name": name, "epoch": 1, "p_asl": PASLSettings(top_k=0)}
     short, _, short_grad = loss_of([ROW] * 3, [labels] * 3, batch_size=12, **settings)
@@ -86,19 +85,17 @@ def test_a_short_last_batch_weighs_no_more_an_image(name):
 
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_divisor(name):
-    """The papers' sums are means over images here; all others are means over labels, which do not grow with classes."""
+    """Sums in the papers are means over images here; the others are means over labels, independent of the classes."""
     labels = [NEGATIVE if label == UNOBSERVED and LOSSES[name].needs_all_observed else label for label in LABELS]
     settings = {
         "name": name,
         "epoch": 1,
         "p_asl": PASLSettings(top_k=0),
         "wan": WANSettings(negative_weight=0.5),
-        "epr": EPRSettings(expected_positives=1.96317780),  # as many as expected: no term
-        "role": RoleSettings(expected_positives=1.96317780),
+        "expected_positives": 1.96317780,  # as many as there are: the term of the batch is 0
     }
     once, _, _ = loss_of([ROW] * 2, [labels] * 2, **settings)
-    settings["epr"] = EPRSettings(expected_positives=2 * 1.96317780)
-    settings["role"] = RoleSettings(expected_positives=2 * 1.96317780)
+    settings["expected_positives"] = 2 * 1.96317780
     twice, _, _ = loss_of([ROW * 2] * 2, [labels * 2] * 2, **settings)
     grows = 2 if name in MEAN_OVER_IMAGES else 1
     assert (LOSSES[name].divisor == "images") == (name in MEAN_OVER_IMAGES)
@@ -117,7 +114,7 @@ def epr_of(slots, world):
         logits[slots].tolist() if slots else torch.zeros(0, 6).numpy(),
         state[slots].tolist() if slots else torch.zeros(0, 6).numpy(),
         name="epr",
-        epr=EPRSettings(expected_positives=1.5),
+        expected_positives=1.5,
         batch_size=16,
         slots=slots,
         world=world,
@@ -127,18 +124,18 @@ def epr_of(slots, world):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_expected_positives_are_those_of_the_global_batch(ranks):
-    """A last batch of 10 images in 16 slots: uneven shares, and workers that hold none."""
-    nobody = [[] for _ in range(ranks - 1)]
-    shares = [[list(range(10)), *nobody], [*nobody, list(range(10))], [[0], *nobody[:-1], list(range(1, 10))]]
-    wanted, wanted_grad = epr_of(list(range(10)), None)
+    """A last batch of 10 images in 16 slots: uneven shares, and workers without images."""
+    empty = [[] for _ in range(ranks - 1)]
+    shares = [[list(range(10)), *empty], [*empty, list(range(10))], [[0], *empty[:-1], list(range(1, 10))]]
+    expected, expected_grad = epr_of(list(range(10)), None)
     results = run_on_ranks(epr_worker, ranks, shares)
-    for place, share in enumerate(shares):
-        assert sum(result[place][0] for result in results) == pytest.approx(wanted, rel=1e-6)
+    for case, share in enumerate(shares):
+        assert sum(result[case][0] for result in results) == pytest.approx(expected, rel=1e-6)
         for rank, slots in enumerate(share):
-            assert results[rank][place][1] == pytest.approx(wanted_grad[slots], rel=1e-5, abs=1e-9)
+            assert results[rank][case][1] == pytest.approx(expected_grad[slots], rel=1e-5, abs=1e-9)
 
 
-def test_splc_corrects_from_its_first_epoch_on_and_reports_it():
+def test_splc_corrects_after_its_warmup_and_reports_it():
     logits = [[0.3, 0.5, 3.0, 3.0, 3.0]]
     state = [[UNOBSERVED, UNOBSERVED, UNOBSERVED, NEGATIVE, POSITIVE]]
     assert loss_of(logits, state, name="splc", epoch=1)[1] is None
@@ -146,14 +143,14 @@ def test_splc_corrects_from_its_first_epoch_on_and_reports_it():
     assert rejected is not None
     assert rejected.tolist() == [[False, True, True, False, False]]  # sigmoid(0.3) is 0.57, sigmoid(0.5) 0.62
     assert (grad[0] < 0).tolist() == [False, True, True, False, True]
-    later = loss_of(logits, state, name="splc", epoch=2, splc=SPLCSettings(first_epoch=5))
+    later = loss_of(logits, state, name="splc", epoch=2, warmup_epochs=4)
     assert later[1] is None
     stricter = loss_of(logits, state, name="splc", splc=SPLCSettings(threshold=0.9))[1]
     assert stricter is not None
     assert stricter.tolist() == [[False, False, True, False, False]]
 
 
-def test_curriculum_trains_what_is_sure_as_the_side_that_it_leans_to():
+def test_curriculum_trains_confident_labels_by_their_sign():
     logits = [[2.5, 1.5, -1.5, -2.5, -2.5, 2.5]]
     state = [[UNOBSERVED, UNOBSERVED, UNOBSERVED, UNOBSERVED, POSITIVE, NEGATIVE]]
     _, rejected, grad = loss_of(logits, state, name="curriculum", epoch=1)
@@ -163,12 +160,12 @@ def test_curriculum_trains_what_is_sure_as_the_side_that_it_leans_to():
     assert rejected is not None
     assert rejected.tolist() == [[True, False, False, False, False, False]]
     assert grad.sign().tolist() == [[-1, 0, 0, 1, -1, 1]]
-    later = loss_of(logits, state, name="curriculum", curriculum=CurriculumSettings(threshold=1.0, first_epoch=3))[2]
-    assert later.sign().tolist() == [[-1, -1, 1, 1, -1, 1]]
+    lower = loss_of(logits, state, name="curriculum", curriculum=CurriculumSettings(threshold=1.0))[2]
+    assert lower.sign().tolist() == [[-1, -1, 1, 1, -1, 1]]
 
 
-def test_selective_leaves_out_the_most_likely_of_the_whole_batch():
-    """Two images, one label each by top_k: both lie in the image with the high logits."""
+def test_selective_leaves_out_the_most_likely_labels_of_the_whole_batch():
+    """Two images and top_k = 1: both rejected labels are in the image with the high logits."""
     logits = [[5.0, 4.0, 3.0, -2.0], [1.0, 0.0, -1.0, -3.0]]
     state = [[NEGATIVE, UNOBSERVED, UNOBSERVED, POSITIVE], [UNOBSERVED, UNOBSERVED, UNOBSERVED, POSITIVE]]
     _, rejected, grad = loss_of(logits, state, name="p-asl-selective", epoch=1, p_asl=PASLSettings(top_k=1))
@@ -188,20 +185,32 @@ def test_entropy_of_unobserved_labels_makes_the_loss_negative():
 
 
 def test_schedule_of_gr():
-    """It moves over the run's epochs or over its own, stays at its end, and needs one of the two."""
-    logits, state = [[0.5, 2.0]], [[UNOBSERVED] * 2]
+    """It moves over the run's epochs and stays at its end."""
 
-    def at(epoch: int, run: int | None = 8, own: int | None = None) -> float:
-        return loss_of(logits, state, name="gr", epoch=epoch, epochs=run, gr=GRSettings(epochs=own))[0]
+    def loss_in(epoch: int, epochs: int | None = 8) -> float:
+        return loss_of([[0.5, 2.0]], [[UNOBSERVED] * 2], name="gr", epoch=epoch, epochs=epochs)[0]
 
-    assert len({at(epoch) for epoch in range(1, 9)}) == 8
-    assert at(4, run=99, own=8) == at(4, run=None, own=8) == at(4, run=8)
-    assert at(12, run=99, own=8) == at(10, run=99, own=8)
-    with pytest.raises(ValueError, match=r"pass `epochs`, or set loss\.gr\.epochs"):
-        at(1, run=None)
+    assert len({loss_in(epoch) for epoch in range(1, 9)}) == 8
+    assert loss_in(12) == loss_in(10)
+    with pytest.raises(ValueError, match="num_epochs"):
+        loss_in(1, epochs=None)
 
 
-def test_losses_that_choose_without_a_rate_are_not_warned_about():
+@pytest.mark.parametrize("reject_of", ["all", "unobserved"])
+def test_k_of_a_short_last_batch_counts_the_images_present(reject_of):
+    """Two images of 4 classes in a batch of 16: a rate of 1/4 of all labels is 2; top_k = 1 rejects 2 labels."""
+    logits = [[5.0, 4.0, 3.0, -2.0], [1.0, 0.0, -1.0, -3.0]]
+    state = [[UNOBSERVED] * 4] * 2
+    settings = {"name": "ll-r", "reject_rate_step": 0.25, "reject_of": reject_of}
+    rejected = loss_of(logits, state, epoch=2, batch_size=16, slots=[3, 9], **settings)[1]
+    assert rejected is not None
+    assert rejected.tolist() == [[True, True, False, False], [False] * 4]
+    rejected = loss_of(logits, state, batch_size=16, name="p-asl-selective", p_asl=PASLSettings(top_k=1))[1]
+    assert rejected is not None
+    assert rejected.sum() == 2
+
+
+def test_losses_without_a_reject_rate_have_no_warning():
     for name in ("splc", "p-asl-selective", "curriculum"):
         settings = LossSettings(name=name, reject_rate_step=0.5)
         assert check_reject_rate(settings, epochs=9, labels_per_image=9, unobserved_positives_per_image=0.1) is None
@@ -210,31 +219,22 @@ def test_losses_that_choose_without_a_rate_are_not_warned_about():
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        (WANSettings, {"negative_weight": -1.0}, r"loss\.wan\.negative_weight is -1\.0; it must be 0 or more, or null"),
-        (ANLSSettings, {"smoothing": 0.5}, r"loss\.an_ls\.smoothing is 0\.5; it must be at least 0 and below 0\.5"),
-        (EPRSettings, {"expected_positives": math.nan}, r"loss\.epr\.expected_positives is nan; it must be 0 or more"),
-        (ASLSettings, {"gamma_negative": -4.0}, r"loss\.asl\.gamma_negative is -4\.0; it must be 0"),
-        (ASLSettings, {"clip": 1.0}, r"loss\.asl\.clip is 1\.0; it is a probability"),
-        (PASLSettings, {"gamma_unobserved": math.inf}, r"loss\.p_asl\.gamma_unobserved is inf; it must be 0"),
-        (PASLSettings, {"top_k": -1}, r"loss\.p_asl\.top_k is -1; it is a number of labels an image"),
-        (EMSettings, {"alpha": -0.1}, r"loss\.em\.alpha is -0\.1; it must be 0 or more"),
-        (HillSettings, {"margin": -1.0}, r"loss\.hill\.margin is -1\.0; it must be 0 or more"),
-        (HillSettings, {"lambda_": 0.5}, r"loss\.hill\.lambda_ is 0\.5; it must be at least 1"),
-        (SPLCSettings, {"threshold": 60.0}, r"loss\.splc\.threshold is 60\.0; it is a probability"),
-        (SPLCSettings, {"first_epoch": 0}, r"loss\.splc\.first_epoch is 0; epochs are counted from 1"),
-        (GRSettings, {"sigma": (2.0, 0.0)}, r"loss\.gr\.sigma is \(2\.0, 0\.0\); both values must be above 0"),
-        (GRSettings, {"q2": 0.0}, r"loss\.gr\.q2 is 0\.0; it must be above 0 and at most 1"),
-        (GRSettings, {"mu": (0.5,)}, r"loss\.gr\.mu is \(0\.5,\); it has two values"),
-        (RoleSettings, {"expected_positives": -1.0}, r"loss\.role\.expected_positives is -1\.0; it must be 0 or more"),
-        (RoleSettings, {"max_memory_gb": 0.0}, r"loss\.role\.max_memory_gb is 0\.0; it must be above 0"),
-        (EMAPLSettings, {"beta": math.inf}, r"loss\.em_apl\.beta is inf; it must be 0 or more"),
-        (EMAPLSettings, {"first_epoch": 0}, r"loss\.em_apl\.first_epoch is 0; epochs are counted from 1"),
-        (EMAPLSettings, {"share": 90.0}, r"loss\.em_apl\.share is 90\.0; it is a fraction"),
-        (CurriculumSettings, {"threshold": -2.0}, r"loss\.curriculum\.threshold is -2\.0; it is a logit, 0 or more"),
-        (CurriculumSettings, {"first_epoch": 0}, r"loss\.curriculum\.first_epoch is 0; epochs are counted"),
-        (GRSettings, {"epochs": 0}, r"loss\.gr\.epochs is 0; it must be at least 1, or null"),
+        (WANSettings, {"negative_weight": -1.0}, r"loss\.wan\.negative_weight is -1\.0"),
+        (ANLSSettings, {"smoothing": 0.5}, r"loss\.an_ls\.smoothing is 0\.5"),
+        (ASLSettings, {"gamma_negative": -4.0}, r"loss\.asl\.gamma_negative is -4\.0"),
+        (ASLSettings, {"clip": 1.0}, r"loss\.asl\.clip is 1\.0"),
+        (PASLSettings, {"gamma_unobserved": math.inf}, r"loss\.p_asl\.gamma_unobserved is inf"),
+        (PASLSettings, {"top_k": -1}, r"loss\.p_asl\.top_k is -1"),
+        (EMSettings, {"alpha": -0.1}, r"loss\.em\.alpha is -0\.1"),
+        (HillSettings, {"lambda_": 0.5}, r"loss\.hill\.lambda_ is 0\.5"),
+        (SPLCSettings, {"threshold": 60.0}, r"loss\.splc\.threshold is 60\.0"),
+        (GRSettings, {"q2": 0.0}, r"loss\.gr\.q2 is 0\.0"),
+        (RoleSettings, {"lr_multiplier": -1.0}, r"loss\.role\.lr_multiplier is -1\.0"),
+        (EMAPLSettings, {"beta": math.inf}, r"loss\.em_apl\.beta is inf"),
+        (EMAPLSettings, {"pseudo_label_fraction": 90.0}, r"loss\.em_apl\.pseudo_label_fraction is 90\.0"),
+        (CurriculumSettings, {"threshold": -2.0}, r"loss\.curriculum\.threshold is -2\.0"),
     ],
 )
-def test_settings_say_what_is_allowed(kind, values, message):
+def test_invalid_settings_are_refused(kind, values, message):
     with pytest.raises(SettingsError, match=message):
         kind(**values)

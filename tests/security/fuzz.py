@@ -1,8 +1,8 @@
 """Random files and records for every parser: `make fuzz N=1000000`, or `python -m tests.security.fuzz --help`.
 
-An input is one file or one record that is given to a parser. Input number i of a parser depends on the seed, the
-parser and i alone, so that a count can be gone on with (`--state`) and a finding made again. Each thousand or so of
-inputs runs in a process of its own, with a bound on memory and time, so that a crash of native code is a finding, too.
+An input is one file or one record for a parser. Input i of a parser depends only on the seed, the parser and i, so a
+count can be continued (`--state`) and a finding reproduced. About a thousand inputs at a time run in a separate process
+with limits on memory and time, so a crash of native code is a finding too.
 """
 
 import argparse
@@ -24,18 +24,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SECONDS = 10.0
-"""An input (or a file of records) may take so much of the processor; a chunk that waits is ended by its parent."""
+"""CPU time limit of an input (or a file of records); the parent process ends a chunk that blocks."""
 MEMORY_BYTES = 3 << 30
-"""Over and above what a process has when it begins."""
+"""Above the memory of the process at its start."""
 CHUNK = 2048
 
 
 class Finding(NamedTuple):
-    """An input that ended in neither a result nor a documented error."""
+    """An input that led to neither a result nor a documented error."""
 
     target: str
     number: int
-    """Of the input, or of the first of its file."""
+    """Number of the input, or of the first one in its file."""
     what: str
 
 
@@ -51,7 +51,7 @@ def input_of(target: str, seed: int, number: int) -> bytes:
 
 
 def run_chunk(target: str, seed: int, start: int, count: int, folder: Path) -> dict[str, Any]:
-    """Inputs start to start + count. Results, refused and findings; `distinct` are 8 bytes of each input's digest."""
+    """Run `count` inputs. Returns results, refusals and findings; `distinct` holds 8 bytes of each input's digest."""
     from tests.security.targets import TARGETS
 
     batch, feed = TARGETS[target].batch, TARGETS[target].feed
@@ -100,7 +100,7 @@ def _bound_memory() -> None:
 
 
 def chunk_apart(target: str, seed: int, start: int, count: int) -> dict[str, Any]:
-    """`run_chunk` in a process of its own, whose death is a finding."""
+    """`run_chunk` in a separate process; its death is a finding."""
     from tests.security.targets import folder_for
 
     root = tempfile.mkdtemp(prefix="paml-fuzz-")
@@ -118,8 +118,8 @@ def chunk_apart(target: str, seed: int, start: int, count: int) -> dict[str, Any
         process.kill()
         process.join()
         last = int((folder / "now").read_text()) if (folder / "now").exists() else start
-        said = Path(log).read_text().splitlines()
-        why = f"process died ({process.exitcode}) {error}: {said[0] if said else ''}"
+        output = Path(log).read_text().splitlines()
+        why = f"process died ({process.exitcode}) {error}: {output[0] if output else ''}"
         return {"results": 0, "refused": 0, "findings": [Finding(target, last, why)], "distinct": set(), "died": last}
     finally:
         process.join(5)
@@ -132,8 +132,8 @@ def shares(count: int) -> dict[str, int]:
     """How many inputs each parser gets of `count`; at least one each."""
     from tests.security.targets import TARGETS
 
-    whole = sum(target.share for target in TARGETS.values())
-    return {name: max(1, -(-count * target.share // whole)) for name, target in TARGETS.items()}
+    total = sum(target.share for target in TARGETS.values())
+    return {name: max(1, -(-count * target.share // total)) for name, target in TARGETS.items()}
 
 
 def table(done: dict[str, dict[str, Any]]) -> str:
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=100_000, help="inputs over all parsers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="parsers whose names hold this text")
-    parser.add_argument("--state", help="JSON file in which the count goes on where it was stopped")
+    parser.add_argument("--state", help="JSON file from which a stopped count continues")
     options = parser.parse_args(arguments)
     from tests.security import targets
 
@@ -168,16 +168,16 @@ def main(arguments: list[str] | None = None) -> int:
         row = done.setdefault(name, blank)
         chunk = max(targets.TARGETS[name].batch * 2, CHUNK)
         distinct: set[bytes] = set()
-        if row["inputs"]:  # what was given before the stop
+        if row["inputs"]:  # inputs before the stop
             distinct.update(
                 hashlib.blake2b(input_of(name, options.seed, n), digest_size=8).digest() for n in range(row["inputs"])
             )
-        said = time.monotonic()
+        last_print = time.monotonic()
         while row["inputs"] < count:
-            begun = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+            cpu_before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
             size = min(chunk, count - row["inputs"])
             got = chunk_apart(name, options.seed, row["inputs"], size)
-            if "died" in got:  # go on behind the input that it died of
+            if "died" in got:  # continue after the input that killed it
                 size = got["died"] - row["inputs"] + targets.TARGETS[name].batch
             distinct |= got["distinct"]
             for key in ("results", "refused"):
@@ -185,14 +185,14 @@ def main(arguments: list[str] | None = None) -> int:
             row["inputs"] += size
             row["distinct"] = len(distinct)
             row["findings"] += len(got["findings"])
-            row["seconds"] += resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begun
+            row["seconds"] += resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - cpu_before
             found += len(got["findings"])
             for finding in got["findings"]:
                 print(f"FOUND {finding.target} input {finding.number}: {finding.what}", flush=True)
             if state:
                 state.write_text(json.dumps(done))
-            if time.monotonic() - said > 20 or row["inputs"] >= count:
-                said = time.monotonic()
+            if time.monotonic() - last_print > 20 or row["inputs"] >= count:
+                last_print = time.monotonic()
                 speed = row["inputs"] / max(row["seconds"], 1e-9)
                 print(f"{name}: {row['inputs']:,} of {count:,} ({speed:,.0f} a CPU second)", flush=True)
     print(table(done), flush=True)

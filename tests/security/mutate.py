@@ -1,4 +1,4 @@
-"""Inputs for parsers: sound ones, changed by a seeded generator at random and where it hurts."""
+"""Inputs for parsers: valid ones, changed at random and at sensitive positions by a seeded generator."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ ODD_VALUES: tuple[Any, ...] = (
 
 
 def changed(rng: random.Random, data: bytes, others: Sequence[bytes] = (), most: int = 6) -> bytes:
-    """`data` after one to `most` changes: bits, bytes, numbers, tokens; pieces left out, doubled, moved, of others."""
+    """`data` after one to `most` changes of bits, bytes, numbers or tokens, or of parts dropped, repeated or moved."""
     text = bytearray(data)
     for _ in range(rng.randint(1, most)):
         size = len(text)
@@ -77,7 +77,7 @@ def changed(rng: random.Random, data: bytes, others: Sequence[bytes] = (), most:
 
 
 def changed_json(rng: random.Random, value: Any) -> Any:
-    """A JSON value with one to three of its parts replaced, left out, renamed or doubled."""
+    """A JSON value with one to three parts replaced, dropped, renamed or duplicated."""
     value = json.loads(json.dumps(value))
     for _ in range(rng.randint(1, 3)):
         places: list[tuple[Any, Any]] = []
@@ -105,7 +105,7 @@ def changed_json(rng: random.Random, value: Any) -> Any:
 
 
 def json_bytes(rng: random.Random, value: Any) -> bytes:
-    """A changed JSON value as text, and now and then the text changed too, or nested deeper than Python calls."""
+    """A changed JSON value as text; sometimes the text is changed too, or nested deeper than Python's stack."""
     if rng.random() < 0.002:
         return b"[" * 100_000
     text = json.dumps(changed_json(rng, value)).encode()
@@ -120,7 +120,7 @@ def _places(value: Any, found: list[tuple[Any, Any]]) -> None:
 
 
 def changed_tar(rng: random.Random, data: bytes, others: Sequence[bytes]) -> bytes:
-    """A tar with some fields of its headers changed under a sound checksum, or its bytes at random."""
+    """A tar with changed header fields and valid checksums, or with random changes."""
     text = bytearray(data)
     if rng.random() < 0.75:
         for _ in range(rng.randint(1, 3)):
@@ -154,7 +154,7 @@ def changed_tar(rng: random.Random, data: bytes, others: Sequence[bytes]) -> byt
 
 
 def changed_png(rng: random.Random, data: bytes) -> bytes:
-    """A PNG with the content of a chunk changed under a sound CRC."""
+    """A PNG with changed chunk content and a valid CRC."""
     at, out, chosen = 8, bytearray(data[:8]), rng.randrange(4)
     number = 0
     while at + 12 <= len(data):
@@ -167,24 +167,24 @@ def changed_png(rng: random.Random, data: bytes) -> bytes:
     return bytes(out)
 
 
-def resealed(data: bytes) -> bytes:
-    """An Arrow file of paml's whose seal is right again, as whoever plants one would make it."""
-    from paml import seal
+def with_checksum(data: bytes) -> bytes:
+    """A changed Arrow file with a valid checksum, as an attacker would write it."""
+    from paml import checksum
 
-    start = data.rfind(seal._PREFIX)
-    old = data[start : start + len(seal._BLANK)]
-    if start < 0 or len(old) < len(seal._BLANK):
+    start = data.rfind(checksum._PREFIX)
+    old = data[start : start + len(checksum._BLANK)]
+    if start < 0 or len(old) < len(checksum._BLANK):
         return data
     text = bytearray(data)
-    places = seal._places(memoryview(data), old)
-    new = seal._PREFIX + seal._digest(memoryview(data), places).encode()
+    places = checksum._find(memoryview(data), old)
+    new = checksum._PREFIX + checksum._digest(memoryview(data), places).encode()
     for place in places:
         text[place : place + len(new)] = new
     return bytes(text)
 
 
 def chooser(seeds: Sequence[bytes], change: Callable[[random.Random, bytes, Sequence[bytes]], bytes] | None = None):
-    """What makes an input of one of the seeds."""
+    """A function that derives an input from a random seed file."""
 
     def make(rng: random.Random) -> bytes:
         chosen = rng.choice(seeds)

@@ -1,7 +1,7 @@
-"""The parsers that are fuzzed: how an input of each is made, and how it is given to the parser.
+"""The fuzzed parsers: how to make inputs, and how to run the parser on them.
 
-`feed` takes a list of inputs, as many as `batch` says, and returns (results, refused); any exception but those of
-`DOCUMENTED` is a finding. Parsers of which a call costs much take many records in one file.
+`feed` takes a list of `batch` inputs and returns (results, refused); any exception not in `DOCUMENTED` is a finding.
+Parsers with expensive calls get many records in one file.
 """
 
 import functools
@@ -25,38 +25,38 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from paml.cli import checked_settings
 from paml.data.decode import decode_into, decode_rgb
 from paml.errors import PamlError
 from paml.explain.boxes import read_boxes
+from paml.inference.predictor import ModelInfo
 from paml.labels import LabelError, LabelSettings, LabelTable, build_label_table, table_from_triples
-from paml.labels.build import HEADER, read_classes, read_descriptions
+from paml.labels.class_list import read_classes, read_descriptions
+from paml.labels.rejects import HEADER
 from paml.labels.verdicts import apply_verdicts
 from paml.losses.prior import read_prior, write_prior
 from paml.metrics.calibration import Calibration
 from paml.metrics.pairs import Pairs, read_pairs, write_pairs
-from paml.models.backbones import load_partial
-from paml.predict.predictor import ModelFacts
-from paml.reading import read_facts
+from paml.models.backbones import load_weights
+from paml.parsing import read_json
+from paml.runs.folder import read_result, settings_of_run
+from paml.runs.journal import Journal, JournalReader
+from paml.settings import flatten, settings_from_values
 from paml.shards import Manifest, ShardReader, ShardSettings, write_shards
-from paml.shards.images import BadImage, image_size, prepare_image
+from paml.shards.images import image_size, prepare_image
 from paml.shards.index import index_shards
-from paml.shards.reader import CorruptSample
-from paml.shards.spill import DamagedPiece, read_piece, read_records, write_piece
+from paml.shards.reader import CorruptSampleError
+from paml.shards.spill import DamagedSpillError, SpillHeader, read_records, read_spill, write_spill
 from paml.sources.coco import coco
-from paml.sources.own import own_labels
+from paml.sources.label_file import build_from_label_file
 from paml.sources.tars import BadMember, TarDamage, open_tar, walk_tar
 from paml.sources.voc import voc
 from paml.storage import StorageError
-from paml.tracking.journal import Journal, JournalReader
 from paml.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from paml.training.loop import Result
-from paml.training.score_run import settings_of_run
-from paml.training.settings import TrainSettings, flatten
-from tests.security.mutate import changed, changed_png, changed_tar, chooser, json_bytes, resealed
+from paml.training.settings import TrainSettings
+from tests.security.mutate import changed, changed_png, changed_tar, chooser, json_bytes, with_checksum
 
-DOCUMENTED = (PamlError, LabelError, StorageError, CorruptSample, BadImage, DamagedPiece)
-"""What a reader may raise for content that it cannot use."""
+DOCUMENTED = (PamlError, LabelError, StorageError, CorruptSampleError, DamagedSpillError)
+"""Errors that a parser may raise for unusable content."""
 MIDS = [f"/m/{number:02d}" for number in range(12)]
 KEYS = [f"{number:016x}" for number in range(40)]
 ONE_THREAD = LabelSettings(threads=1)
@@ -69,11 +69,11 @@ class Target(NamedTuple):
     feed: Callable[[list[bytes], Path], tuple[int, int]]
     batch: int = 1
     share: int = 1
-    """Inputs of 1.1 million."""
+    """Inputs out of 1.1 million."""
 
 
 def one(read: Callable[[bytes, Path], Any]) -> Callable[[list[bytes], Path], tuple[int, int]]:
-    """`feed` of a parser that takes one input at a time."""
+    """`feed` for a parser of one input."""
 
     def feed(inputs: list[bytes], folder: Path) -> tuple[int, int]:
         for data in inputs:
@@ -87,7 +87,7 @@ def one(read: Callable[[bytes, Path], Any]) -> Callable[[list[bytes], Path], tup
 
 
 def in_file(read: Callable[[str], Any], name: str) -> Callable[[list[bytes], Path], tuple[int, int]]:
-    """`feed` of a parser that takes the path of a file."""
+    """`feed` for a parser of a file, given by its path."""
 
     def give(data: bytes, folder: Path) -> None:
         path = folder / name
@@ -98,8 +98,8 @@ def in_file(read: Callable[[str], Any], name: str) -> Callable[[list[bytes], Pat
     return one(give)
 
 
-def picture(size: int, kind: str, seed: int = 0, **options: Any) -> bytes:
-    """A small picture of noise as compressed bytes."""
+def encoded_image(size: int, kind: str, seed: int = 0, **options: Any) -> bytes:
+    """A small noise image as compressed bytes."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3)).astype(np.uint8)
     mode = options.pop("mode", "RGB")
     out = io.BytesIO()
@@ -108,44 +108,44 @@ def picture(size: int, kind: str, seed: int = 0, **options: Any) -> bytes:
 
 
 @functools.cache
-def pictures() -> tuple[bytes, ...]:
+def images() -> tuple[bytes, ...]:
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "text"
     return (
-        picture(24, "JPEG", 1),
-        picture(24, "JPEG", 2, progressive=True),
-        picture(16, "JPEG", 3, mode="L"),
-        picture(16, "JPEG", 4, mode="CMYK"),
-        picture(24, "JPEG", 5, exif=exif.tobytes(), icc_profile=b"\0" * 300),
-        picture(16, "PNG", 6),
-        picture(16, "PNG", 7, mode="P"),
-        picture(16, "PNG", 8, mode="LA"),
-        picture(16, "WEBP", 9, lossless=True),
-        picture(24, "WEBP", 10, quality=50),
-        picture(16, "GIF", 11),
-        picture(16, "BMP", 12),
-        picture(16, "TIFF", 13, compression="tiff_lzw"),
-        picture(16, "TIFF", 14),
-        picture(12, "PPM", 15),
+        encoded_image(24, "JPEG", 1),
+        encoded_image(24, "JPEG", 2, progressive=True),
+        encoded_image(16, "JPEG", 3, mode="L"),
+        encoded_image(16, "JPEG", 4, mode="CMYK"),
+        encoded_image(24, "JPEG", 5, exif=exif.tobytes(), icc_profile=b"\0" * 300),
+        encoded_image(16, "PNG", 6),
+        encoded_image(16, "PNG", 7, mode="P"),
+        encoded_image(16, "PNG", 8, mode="LA"),
+        encoded_image(16, "WEBP", 9, lossless=True),
+        encoded_image(24, "WEBP", 10, quality=50),
+        encoded_image(16, "GIF", 11),
+        encoded_image(16, "BMP", 12),
+        encoded_image(16, "TIFF", 13, compression="tiff_lzw"),
+        encoded_image(16, "TIFF", 14),
+        encoded_image(12, "PPM", 15),
     )
 
 
-def make_picture(rng: random.Random) -> bytes:
-    chosen = rng.choice(pictures())
+def make_image(rng: random.Random) -> bytes:
+    chosen = rng.choice(images())
     if chosen.startswith(b"\x89PNG") and rng.random() < 0.6:
         return changed_png(rng, chosen)
-    return changed(rng, chosen, pictures())
+    return changed(rng, chosen, images())
 
 
-def read_picture(data: bytes, folder: Path) -> None:
+def read_image_bytes(data: bytes, folder: Path) -> None:
     refused: Exception | None = None
     out = np.empty((20, 20, 3), np.uint8)
     for read in (
         lambda: decode_rgb(data),
         lambda: decode_into(data, out),
         lambda: image_size(data),
-        lambda: prepare_image(data, size=16, resize="squash", quality=90, max_pixels=1 << 22),
+        lambda: prepare_image(data, ShardSettings(size=16, max_pixels=1 << 22)),
     ):
         try:
             read()
@@ -161,7 +161,7 @@ def tars() -> tuple[bytes, ...]:
     for form in (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         out = io.BytesIO()
         with tarfile.open(fileobj=out, mode="w", format=form) as tar:
-            for number, data in enumerate(pictures()[:4]):
+            for number, data in enumerate(images()[:4]):
                 name = f"{'d/' * 60 if number == 1 and form != tarfile.USTAR_FORMAT else ''}{number:06d}.jpg"
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
@@ -203,7 +203,7 @@ def read_tar(data: bytes, folder: Path) -> None:
 def index(data: bytes, folder: Path) -> None:
     (folder / "in").mkdir(exist_ok=True)
     (folder / "in" / "x.tar").write_bytes(data)
-    manifest = index_shards(folder / "in", folder / "out", workers=1)
+    manifest = index_shards(folder / "in", folder / "out")
     reader = ShardReader(manifest)
     for number in range(len(manifest)):
         reader.read(number)
@@ -213,7 +213,7 @@ RECORDS = tuple(f"{KEYS[number % 40]},verification,{MIDS[number % 12]},{number %
 
 
 def make_record(rng: random.Random, as_it_is: float = 0.2) -> bytes:
-    """A line of an annotation file, changed but for a share of them."""
+    """A line of an annotation file; most are changed."""
     line = b"%s,%s,%s,%s" % (
         rng.choice(KEYS).encode() if rng.random() < 0.6 else b"%016x" % rng.getrandbits(64),
         rng.choice((b"verification", b"crowd", b"machine", b"")),
@@ -224,7 +224,7 @@ def make_record(rng: random.Random, as_it_is: float = 0.2) -> bytes:
 
 
 def as_line(data: bytes) -> bytes:
-    """One line of UTF-8: a file of another encoding, or with line ends mixed, is refused whole (see the files)."""
+    """One line of UTF-8: other encodings and line ends are tested by file inputs."""
     return data.decode("utf-8", "replace").translate({10: 32, 13: 32, 0: 32}).encode()
 
 
@@ -236,10 +236,10 @@ def feed_annotations(inputs: list[bytes], folder: Path) -> tuple[int, int]:
         report = build_label_table(str(path), str(classes), str(folder / "t.arrow"), settings=ONE_THREAD)
     except DOCUMENTED:
         return 0, len(inputs)
-    if report.rows != report.annotations + sum(report.rejected.values()):
+    if report.rows != report.table.num_annotations + sum(report.rejected.values()):
         raise AssertionError("rows are not labels and rejects")
-    kept = min(report.annotations, len(inputs))
-    return kept, len(inputs) - kept
+    accepted = min(report.table.num_annotations, len(inputs))
+    return accepted, len(inputs) - accepted
 
 
 ANNOTATION_FILES = (
@@ -270,8 +270,8 @@ def feed_verdicts(inputs: list[bytes], folder: Path) -> tuple[int, int]:
         report = apply_verdicts(_table(str(folder)), [str(path)], str(folder / "new.arrow"))
     except DOCUMENTED:
         return 0, len(inputs)
-    kept = min(report.added + report.overturned + report.confirmed, len(inputs))
-    return kept, len(inputs) - kept
+    accepted = min(report.added + report.overturned + report.confirmed, len(inputs))
+    return accepted, len(inputs) - accepted
 
 
 def make_own(rng: random.Random) -> bytes:
@@ -287,11 +287,11 @@ def feed_own(inputs: list[bytes], folder: Path) -> tuple[int, int]:
     path = folder / "own.csv"
     path.write_bytes(b"image,class,state\n" + b"\n".join(inputs) + b"\n")
     try:
-        report = own_labels(str(path), str(folder / "own.arrow"), keys="path", settings=ONE_THREAD)
+        report = build_from_label_file(str(path), str(folder / "own.arrow"), keys="path", settings=ONE_THREAD)
     except DOCUMENTED:
         return 0, len(inputs)
-    kept = min(report.annotations, len(inputs))
-    return kept, len(inputs) - kept
+    accepted = min(report.table.num_annotations, len(inputs))
+    return accepted, len(inputs) - accepted
 
 
 @functools.cache
@@ -310,7 +310,7 @@ def own_parquets() -> tuple[bytes, ...]:
 
 
 def seeds_in(write: Callable[[Path], Path]) -> Callable[[], bytes]:
-    """The bytes of a file that is written once."""
+    """The bytes of a valid file, written once."""
 
     @functools.cache
     def data() -> bytes:
@@ -323,7 +323,7 @@ def seeds_in(write: Callable[[Path], Path]) -> Callable[[], bytes]:
 
 
 def _write_manifest(folder: Path) -> Path:
-    source = [(key, picture(16, "JPEG", number)) for number, key in enumerate(KEYS[:12])]
+    source = [(key, encoded_image(16, "JPEG", number)) for number, key in enumerate(KEYS[:12])]
     write_shards(source, folder, ShardSettings(size=16, samples_per_shard=5), workers=1)
     return folder / "manifest.arrow"
 
@@ -335,10 +335,10 @@ text_table_bytes = seeds_in(
 )
 
 
-def make_sealed(*seeds: Callable[[], bytes]) -> Callable[[random.Random], bytes]:
+def make_checked(*seeds: Callable[[], bytes]) -> Callable[[random.Random], bytes]:
     def make(rng: random.Random) -> bytes:
         data = changed(rng, rng.choice(seeds)(), [seed() for seed in seeds], 3)
-        return resealed(data) if rng.random() < 0.8 else data
+        return with_checksum(data) if rng.random() < 0.8 else data
 
     return make
 
@@ -367,9 +367,9 @@ FACTS: dict[str, Any] = {
     "num_classes": 12,
     "epoch": 2,
     "step": 0,
-    "optimiser_step": 12,
+    "optimizer_step": 12,
     "scaler": {},
-    "history": [{"epoch": 1, "val/map": 0.5}],
+    "history": [{"epoch": 1, "val/mAP": 0.5}],
     "best": {"5": {"checkpoint": "step-000000012", "epoch": 1, "map": 0.5}},
     "workers": 1,
     "data": {"train": "x"},
@@ -385,7 +385,7 @@ def _commit() -> dict[str, Any]:
 
 
 def changed_safetensors(rng: random.Random) -> bytes:
-    """The header's JSON changed under a sound length, or bytes at random."""
+    """Changed JSON in the header with a valid length, or random changes."""
     if rng.random() < 0.5:
         return changed(rng, _SAFE)
     size = int.from_bytes(_SAFE[:8], "little")
@@ -394,7 +394,7 @@ def changed_safetensors(rng: random.Random) -> bytes:
 
 
 def make_checkpoint(rng: random.Random) -> bytes:
-    """Which file of a checkpoint, a byte, and its content."""
+    """A byte that selects the file of a checkpoint, then its content."""
     which = rng.randrange(3)
     data = (
         json_bytes(rng, _commit()) if which == 0 else json_bytes(rng, FACTS) if which == 1 else changed_safetensors(rng)
@@ -452,7 +452,7 @@ def segments() -> tuple[dict[str, Any], ...]:
         journal.run(experiment="e", name="n", tags={"a": "b"}, note="text")
         journal.metrics({"x": float("nan"), "y": 1.5}, 3)
         journal.params({"a": {"b": 1}})
-        journal.dataset(name="train", digest="d", source="s", profile={"images": 3})
+        journal.dataset("train", digest="d", source="s", context="training", profile={"images": 3})
         journal.artifact_bytes(b"x", "a/b.txt")
         journal.status("FINISHED")
         files = sorted(Path(folder, "journal").iterdir())
@@ -485,7 +485,7 @@ def read_segment(data: bytes, folder: Path) -> None:
         if event.kind in ("artifact", "model") and ".." in event.value["file"].split("/"):
             raise AssertionError("a journal names a file outside of its run")
     if reader.unreadable:
-        raise DamagedPiece("journal", "unreadable")
+        raise DamagedSpillError("journal", "unreadable")
 
 
 def _calibration(folder: Path) -> Path:
@@ -499,7 +499,7 @@ def _calibration(folder: Path) -> Path:
 
 calibration_bytes = seeds_in(_calibration)
 MODEL_FACTS = {
-    "model": {"backbone": "resnet18", "weights": None, "pixel_mean": [0.5, 0.5, 0.5]},
+    "model": {"backbone": "resnet18", "weights": None, "output_stride": 16},
     "alpha": 5.0,
     "classes": MIDS,
     "names": MIDS,
@@ -510,27 +510,27 @@ MODEL_FACTS = {
 RESULT = {
     "best": {"5": {"epoch": 1, "checkpoint": "step-000000012", "map": 0.5}},
     "test": {},
-    "history": [{"epoch": 1, "val/map": 0.5}],
+    "history": [{"epoch": 1, "val/mAP": 0.5}],
 }
 
 
 def make_json(rng: random.Random) -> bytes:
-    """Which of the JSON files of runs and models, a byte, and its content."""
+    """A byte that selects a JSON file of a run or model, then its content."""
     which = rng.randrange(4)
     value = (json.loads(calibration_bytes()), MODEL_FACTS, RESULT, {"schema_version": 1, "settings": FACTS["settings"]})
     return bytes([which]) + json_bytes(rng, value[which])
 
 
-def read_json(data: bytes, folder: Path) -> None:
+def read_model_json(data: bytes, folder: Path) -> None:
     name = ("calibration.json", "model.json", "result.json", "run.json")[data[0] % 4]
     path = folder / name
     path.write_bytes(data[1:])
     if name == "calibration.json":
         Calibration.read(str(path))
     elif name == "model.json":
-        ModelFacts.from_json(read_facts(str(path), "copy it again"), str(path))
+        ModelInfo.from_json(read_json(str(path), "copy it again"), str(path))
     elif name == "result.json":
-        Result.read(str(folder))
+        read_result(str(folder))
     else:
         settings_of_run(str(folder))
 
@@ -539,25 +539,17 @@ def read_json(data: bytes, folder: Path) -> None:
 def piece() -> bytes:
     import tempfile
 
-    from paml.shards.images import Prepared
+    from paml.shards.images import PreparedImage
     from paml.shards.spill import key_digest, pack
 
     with tempfile.TemporaryDirectory() as folder:
         records = []
         for number, key in enumerate(KEYS[:4]):
             digest = key_digest(0, key)
-            records.append((number, digest, pack(key, digest, 9, Prepared(pictures()[0], 24, 24, "jpg"))))
-        path = f"{folder}/p.piece"
-        facts: dict[str, Any] = {
-            "part": "p",
-            "first": 0,
-            "end": 5,
-            "last": True,
-            "keys": "k",
-            "unwanted": 0,
-            "absent": 0,
-        }
-        write_piece(path, records, rejects=[("a", "b")], **facts)
+            records.append((number, digest, pack(key, digest, 9, PreparedImage(images()[0], 24, 24, "jpg"))))
+        path = f"{folder}/p.spill"
+        header = SpillHeader(first=0, end=5, last=True, keys="k", unwanted=0, absent=0, rejects={"a": "b"})
+        write_spill(path, records, header)
         return Path(path).read_bytes()
 
 
@@ -577,7 +569,7 @@ def make_piece(rng: random.Random) -> bytes:
 
 
 def read_planted_piece(path: str) -> None:
-    found = read_piece(path)
+    found = read_spill(path)
     list(read_records(memoryview(Path(path).read_bytes())[found.start :], path))
     found.offsets(np.arange(5))
 
@@ -605,7 +597,7 @@ def make_setting(rng: random.Random) -> bytes:
 
 def read_setting(data: bytes, folder: Path) -> None:
     name, _, text = data.decode("utf-8", "surrogateescape").partition("=")
-    checked_settings(TrainSettings, {name: text}, "fuzzed", flatten(TrainSettings()))
+    settings_from_values(TrainSettings, {name: text}, "fuzzed")
 
 
 COCO = {
@@ -668,21 +660,24 @@ TARGETS: dict[str, Target] = {
     "verdict CSV, rows": Target(lambda rng: make_record(rng, 0.02), feed_verdicts, 2048, 300000),
     "own labels, CSV rows": Target(make_own, feed_own, 2048, 255000),
     "own labels, Parquet files": Target(
-        lazily(own_parquets), in_file(lambda p: own_labels(p, p + ".out", settings=ONE_THREAD), "own.parquet"), 1, 500
+        lazily(own_parquets),
+        in_file(lambda p: build_from_label_file(p, p + ".out", settings=ONE_THREAD), "own.parquet"),
+        1,
+        500,
     ),
     "class lists": Target(lazily(lambda: CLASS_FILES), in_file(read_class_file, "classes.csv"), 1, 40000),
     "tar archives": Target(make_tar, one(read_tar), 1, 12000),
     "tar archives, indexed": Target(make_tar, one(index), 1, 300),
-    "manifests": Target(make_sealed(manifest_bytes), one(read_manifest), 1, 4000),
-    "label tables": Target(make_sealed(table_bytes, text_table_bytes), in_file(read_table, "t.arrow"), 1, 5000),
+    "manifests": Target(make_checked(manifest_bytes), one(read_manifest), 1, 4000),
+    "label tables": Target(make_checked(table_bytes, text_table_bytes), in_file(read_table, "t.arrow"), 1, 5000),
     "checkpoints": Target(make_checkpoint, one(read_planted_checkpoint), 1, 5000),
     "weights files": Target(
-        lazily(torch_files), in_file(lambda path: load_partial(_network(), path), "w.pth"), 1, 2000
+        lazily(torch_files), in_file(lambda path: load_weights(_network(), path), "w.pth"), 1, 2000
     ),
     "journal segments": Target(make_segment, one(read_segment), 1, 20000),
-    "pictures": Target(make_picture, one(read_picture), 1, 6000),
-    "run and model JSON": Target(make_json, one(read_json), 1, 6000),
-    "writer's pieces": Target(make_piece, in_file(read_planted_piece, "x.piece"), 1, 5000),
+    "images": Target(make_image, one(read_image_bytes), 1, 6000),
+    "run and model JSON": Target(make_json, one(read_model_json), 1, 6000),
+    "writer's spills": Target(make_piece, in_file(read_planted_piece, "x.spill"), 1, 5000),
     "pairs, Parquet": Target(lazily(lambda: [pairs_bytes()]), in_file(read_pairs, "p.parquet"), 1, 2000),
     "priors, CSV": Target(
         lazily(lambda: [_prior("p.csv")()]), in_file(lambda p: read_prior(p, MIDS), "p.csv"), 1, 2000
@@ -695,11 +690,11 @@ TARGETS: dict[str, Target] = {
     "VOC XML": Target(lazily(lambda: [XML]), one(read_voc), 1, 300),
     "settings": Target(make_setting, one(read_setting), 1, 100),
 }
-"""By name, in the order of the table. The shares say how a count is dealt out: by what a call costs."""
+"""By name, in the order of the table. `share` divides a number of inputs by the cost of a call."""
 
 
 def folder_for(target: str, root: str) -> Path:
-    """A folder of a target's own."""
+    """A separate folder for a target."""
     place = Path(root, "".join(c if c.isalnum() else "-" for c in target))
     os.makedirs(place, exist_ok=True)
     return place

@@ -1,4 +1,4 @@
-"""Random files and records: every parser ends in a result or a documented error, within a bound on time."""
+"""Random files and records: every parser ends in a result or a documented error, within a time limit."""
 
 import io
 import tarfile
@@ -9,10 +9,10 @@ import pytest
 
 from paml.shards.index import index_shards
 from tests.security import fuzz
-from tests.security.targets import DOCUMENTED, TARGETS, folder_for, pictures
+from tests.security.targets import DOCUMENTED, TARGETS, folder_for, images
 
 FOUND: dict[str, list[bytes]] = {
-    # what broke first, and was mended
+    # these broke a parser once
     "COCO JSON": [
         b'{"images": [{"id": 0, "file_name": "0.jpg"}], "annotations": [{"id": 0, "image_id": 0, "category_id": 1}], '
         b'"categories": [{"id": 1, "name": {"": {}}}]}',
@@ -36,11 +36,11 @@ FOUND: dict[str, list[bytes]] = {
 AGAIN = [("tar archives, indexed", 1, n) for n in (22, 45, 53, 201, 263)] + [
     ("weights files", 1, n) for n in (545, 902, 1239, 1289, 1776)
 ]
-"""Inputs that were findings, by parser, seed and number: names that are not UTF-8, an error without words."""
+"""Former findings by parser, seed and number: names that are not UTF-8, an error without a message."""
 
 
 @pytest.mark.parametrize(("target", "seed", "number"), AGAIN)
-def test_inputs_that_were_findings_are_none_any_more(target: str, seed: int, number: int, tmp_path: Path) -> None:
+def test_former_findings_are_handled(target: str, seed: int, number: int, tmp_path: Path) -> None:
     assert fuzz.run_chunk(target, seed, number, 1, folder_for(target, str(tmp_path)))["findings"] == []
 
 
@@ -48,15 +48,15 @@ def test_a_member_whose_name_is_not_utf8_is_rejected_and_the_rest_is_indexed(tmp
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as tar:
         for name in ("\udc80.jpg", "good.jpg"):
             info = tarfile.TarInfo(name)
-            info.size = len(pictures()[0])
-            tar.addfile(info, io.BytesIO(pictures()[0]))
-    manifest = index_shards(tmp_path / "x.tar", tmp_path / "out", workers=1)
+            info.size = len(images()[0])
+            tar.addfile(info, io.BytesIO(images()[0]))
+    manifest = index_shards(tmp_path / "x.tar", tmp_path / "out")
     assert manifest.keys().to_pylist() == ["good"]
     assert "not valid UTF-8" in (tmp_path / "out" / "rejects.csv").read_text()
 
 
 @pytest.mark.parametrize("target", FOUND)
-def test_what_was_found_stays_mended(target: str, tmp_path: Path) -> None:
+def test_former_findings_stay_fixed(target: str, tmp_path: Path) -> None:
     for data in FOUND[target]:
         assert TARGETS[target].feed([data], folder_for(target, str(tmp_path))) == (0, 1), data[:80]
 
@@ -69,12 +69,12 @@ def test_a_few_inputs_of_each_parser(target: str, tmp_path: Path) -> None:
     assert done["results"] + done["refused"] == count
 
 
-@pytest.mark.slow
-def test_more_inputs_of_each_parser_in_processes_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.soak
+def test_more_inputs_of_each_parser_in_separate_processes(capsys: pytest.CaptureFixture[str]) -> None:
     assert fuzz.main(["--count", "20000", "--seed", str(time.time_ns())]) == 0, capsys.readouterr().out
 
 
-def test_a_parser_that_breaks_hangs_or_dies_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parser_that_raises_hangs_or_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(inputs: list[bytes], folder: Path) -> tuple[int, int]:
         raise IndexError("out of range")
 
@@ -98,9 +98,9 @@ def test_a_parser_that_breaks_hangs_or_dies_is_found(monkeypatch: pytest.MonkeyP
         assert (finding.target, finding.number) == ("broken", 7)
 
 
-def test_an_input_is_made_again_from_seed_parser_and_number() -> None:
+def test_an_input_is_reproducible_from_seed_parser_and_number() -> None:
     for target in TARGETS:
         assert fuzz.input_of(target, 3, 5) == fuzz.input_of(target, 3, 5)
-    made = {fuzz.input_of("pictures", 3, number) for number in range(50)}
+    made = {fuzz.input_of("images", 3, number) for number in range(50)}
     assert len(made) > 40
     assert DOCUMENTED

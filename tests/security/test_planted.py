@@ -1,6 +1,6 @@
-"""A pickle that makes a file when it is unpickled, in the place of everything that is read from storage or a network.
+"""A pickle that creates a file when it is unpickled, planted in place of everything that paml reads.
 
-Each case plants it, reads as paml does, and says what came of it. SECURITY.md shows the cases; a test holds it to them.
+Each case plants it, reads as paml does, and returns the outcome. A test compares the cases with docs/security.md.
 """
 
 import ast
@@ -22,48 +22,48 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from paml.checksum import CHECKSUM_PLACEHOLDER, write_checksum
 from paml.compare.grid import base_settings
-from paml.compare.settings import SweepSettings
-from paml.compare.trials import Sweep, claim_sweep, read_trials
+from paml.compare.settings import TuneSettings
+from paml.compare.sweep import Sweep, claim_sweep, read_trials
 from paml.data.decode import UndecodableError, decode_rgb
 from paml.errors import PamlError
 from paml.explain.boxes import read_boxes
+from paml.inference.bulk import BulkJob, BulkSettings, predict_images, read_part
+from paml.inference.predictor import open_predictor
 from paml.labels import LabelError, LabelTable, build_label_table
-from paml.labels.build import read_classes
+from paml.labels.class_list import read_classes
 from paml.labels.verdicts import apply_verdicts
 from paml.losses.prior import read_prior
 from paml.metrics import read_pairs
-from paml.models.backbones import load_partial
-from paml.predict.bulk import BulkJob, BulkSettings, predict_images, read_part
-from paml.predict.predictor import open_predictor
-from paml.seal import UNSEALED, seal_file
-from paml.shards import CorruptSample, Manifest, ShardReader, ShardSettings, write_shards
+from paml.models.backbones import load_weights
+from paml.runs.folder import read_result, settings_of_run
+from paml.runs.journal import Journal, read_journal
+from paml.runs.spec import load_model
+from paml.settings import flatten
+from paml.shards import CorruptSampleError, Manifest, ShardReader, ShardSettings, write_shards
 from paml.shards.index import index_shards
-from paml.shards.spill import DamagedPiece, read_piece
+from paml.shards.spill import DamagedSpillError, read_spill
 from paml.sources.coco import coco
 from paml.sources.flickr import flickr_parts
-from paml.sources.own import own_labels
+from paml.sources.label_file import build_from_label_file
+from paml.sources.parts import read_parts
 from paml.sources.release import Archive, _is_unpacked
-from paml.sources.tars import iter_tars
+from paml.sources.tars import tar_parts
 from paml.sources.voc import voc
-from paml.tracking import Journal
-from paml.tracking.journal import read_journal
-from paml.tracking.view import read_memory
-from paml.training.checkpoint import committed, newest_checkpoint, read_checkpoint
-from paml.training.loop import Result
-from paml.training.score_run import load_model, settings_of_run
-from paml.training.settings import flatten
-from paml.training.watched import kept_maps
+from paml.tracking.mlflow_sink import read_state
+from paml.training.checkpoint import list_checkpoints, newest_checkpoint, read_checkpoint
+from paml.training.watched import load_maps
 from paml.training.world import World
-from tests.helpers.prepared import CLASSES, key_of, picture, tiny_settings
+from tests.helpers.prepared import CLASSES, jpeg_image, key_of, tiny_settings
 from tests.helpers.runs import cached, run, state_of
-from tests.helpers.sweeps import planned, tiny_sweep
+from tests.helpers.sweeps import plan, tiny_sweep
 
 ROOT = Path(__file__).parents[2]
 
 
 class Evil:
-    """Unpickled, it makes the file `marker`."""
+    """Creates the file `marker` when it is unpickled."""
 
     def __init__(self, marker: str) -> None:
         self.marker = marker
@@ -73,19 +73,19 @@ class Evil:
 
 
 class Place(NamedTuple):
-    """Something that is read."""
+    """An input of paml."""
 
     what: str
     reader: str
-    """What of paml reads it."""
+    """The part of paml that reads it."""
     ends: str
-    """What is to come of a pickle there."""
+    """The expected outcome."""
     plant: Callable[["Ground", bytes], str]
-    """Plants the bytes, reads, and says what came of it."""
+    """Plants the bytes, reads, and returns the outcome."""
 
 
 class Ground(NamedTuple):
-    """Where it is planted."""
+    """Folders to plant in."""
 
     folder: Path
     """Empty."""
@@ -102,13 +102,13 @@ REMOTE = ("the shard cache", "the cache of tables and manifests")
 
 
 def place(what: str, reader: str, ends: str) -> Callable[[Callable[[Ground, bytes], Any]], None]:
-    """Make a case of a function that plants and reads: an exception's name, or what it gives, is what came of it."""
+    """Register a function that plants and reads; the outcome is its result or the name of its exception."""
 
     def add(plant: Callable[[Ground, bytes], Any]) -> None:
         def outcome(ground: Ground, evil: bytes) -> str:
             try:
                 return str(plant(ground, evil))
-            except (PamlError, LabelError, UndecodableError, CorruptSample, DamagedPiece) as error:
+            except (PamlError, LabelError, UndecodableError, CorruptSampleError, DamagedSpillError) as error:
                 kinds = [kind.__name__ for kind in type(error).__mro__]
                 return next(name for name in kinds if name in (*NAMED, type(error).__name__))
 
@@ -121,7 +121,7 @@ NAMED = ("CheckpointError", "SettingsError", "DataError", "LabelError")
 
 
 def commit(folder: Path) -> None:
-    """Make COMMIT agree with what lies there now."""
+    """Rewrite COMMIT for the current files."""
     old = json.loads((folder / "COMMIT").read_text())
     for name in old["files"]:
         data = (folder / name).read_bytes()
@@ -130,7 +130,7 @@ def commit(folder: Path) -> None:
 
 
 def newest(ground: Ground) -> Path:
-    return ground.run / "checkpoints" / committed(str(ground.run))[-1]
+    return ground.run / "checkpoints" / list_checkpoints(str(ground.run))[-1]
 
 
 @place("checkpoint: weights, COMMIT agreeing", "read_checkpoint, load_model", "CheckpointError")
@@ -140,9 +140,9 @@ def _(ground: Ground, evil: bytes) -> None:
     load_model(str(ground.run), settings_of_run(str(ground.run)), newest(ground).name)
 
 
-@place("checkpoint: optimiser, COMMIT agreeing", "newest_checkpoint (resume)", "passed over and named")
+@place("checkpoint: optimizer, COMMIT agreeing", "newest_checkpoint (resume)", "passed over and named")
 def _(ground: Ground, evil: bytes) -> str:
-    (newest(ground) / "optimiser.safetensors").write_bytes(evil)
+    (newest(ground) / "optimizer.safetensors").write_bytes(evil)
     commit(newest(ground))
     bad = newest(ground).name
     found, faults = newest_checkpoint(str(ground.run))
@@ -175,13 +175,13 @@ def _(ground: Ground, evil: bytes) -> None:
 @place("foreign weights (model.weights: .pth, .pt)", "torch.load(weights_only=True)", "SettingsError")
 def _(ground: Ground, evil: bytes) -> None:
     (ground.folder / "w.pth").write_bytes(evil)
-    load_partial(torch.nn.Linear(2, 2), str(ground.folder / "w.pth"))
+    load_weights(torch.nn.Linear(2, 2), str(ground.folder / "w.pth"))
 
 
 @place("foreign weights (model.weights: .safetensors)", "safetensors", "SettingsError")
 def _(ground: Ground, evil: bytes) -> None:
     (ground.folder / "w.safetensors").write_bytes(evil)
-    load_partial(torch.nn.Linear(2, 2), str(ground.folder / "w.safetensors"))
+    load_weights(torch.nn.Linear(2, 2), str(ground.folder / "w.safetensors"))
 
 
 @place("run.json", "settings_of_run", "DataError")
@@ -193,13 +193,13 @@ def _(ground: Ground, evil: bytes) -> None:
 @place("result.json", "Result.read", "DataError")
 def _(ground: Ground, evil: bytes) -> None:
     (ground.run / "result.json").write_bytes(evil)
-    Result.read(str(ground.run))
+    read_result(str(ground.run))
 
 
-@place("maps of an epoch (maps/*.safetensors)", "kept_maps", "DataError")
+@place("maps of an epoch (maps/*.safetensors)", "load_maps", "DataError")
 def _(ground: Ground, evil: bytes) -> None:
     (ground.run / "maps" / "epoch-0001.safetensors").write_bytes(evil)
-    kept_maps(str(ground.run), 1)
+    load_maps(str(ground.run), 1)
 
 
 @place("journal: a segment", "JournalReader (MLflow, tables)", "passed over and named")
@@ -212,10 +212,10 @@ def _(ground: Ground, evil: bytes) -> str:
     return "passed over and named" if len(events) == len(unreadable) == 1 else "read"
 
 
-@place("mlflow.json (what MLflow was sent)", "read_memory", "as if absent")
+@place("mlflow.json (what MLflow was sent)", "read_state", "as if absent")
 def _(ground: Ground, evil: bytes) -> str:
     (ground.run / "mlflow.json").write_bytes(evil)
-    return "as if absent" if read_memory(str(ground.run)) == {} else "used"
+    return "as if absent" if read_state(str(ground.run)) == {} else "used"
 
 
 @place("scored pairs (artifacts/*.parquet)", "read_pairs (comparison, registry)", "DataError")
@@ -242,13 +242,13 @@ def _(ground: Ground, evil: bytes) -> None:
     open_predictor(str(ground.model))
 
 
-@place("MLflow model: python_model.pkl beside its files", "open_predictor", "not read")
+@place("MLflow model: python_model.pkl among its files", "open_predictor", "not read")
 def _(ground: Ground, evil: bytes) -> str:
     mlflow = ground.folder / "mlflow"
     shutil.copytree(ground.model, mlflow / "artifacts" / "model")
     (mlflow / "python_model.pkl").write_bytes(evil)
     (mlflow / "MLmodel").write_text("flavors: {python_function: {python_model: python_model.pkl}}")
-    return "not read" if open_predictor(str(mlflow)).facts.classes == CLASSES else "read"
+    return "not read" if open_predictor(str(mlflow)).info.classes == CLASSES else "read"
 
 
 @place("prediction.json of bulk scores", "predict_images", "DataError")
@@ -270,7 +270,7 @@ def _(ground: Ground, evil: bytes) -> str:
 @place("shard: an image is a pickle (indexed)", "index_shards", "rejected and counted")
 def _(ground: Ground, evil: bytes) -> str:
     with tarfile.open(ground.folder / "x.tar", "w") as tar:
-        for name, data in (("a.jpg", evil), ("b.jpg", picture("test", 0)), ("b.pyd", evil), ("b.pickle", evil)):
+        for name, data in (("a.jpg", evil), ("b.jpg", jpeg_image("test", 0)), ("b.pyd", evil), ("b.pickle", evil)):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -279,7 +279,7 @@ def _(ground: Ground, evil: bytes) -> str:
     return "rejected and counted" if manifest.report["rejected"] == 1 and len(manifest) == 1 else "taken"
 
 
-@place("shard: the file is a pickle", "ShardReader, by CRC-32", "CorruptSample")
+@place("shard: the file is a pickle", "ShardReader, by CRC-32", "CorruptSampleError")
 def _(ground: Ground, evil: bytes) -> None:
     shards = ground.folder / "shards"
     shutil.copytree(ground.prepared / "shards" / "test", shards)
@@ -299,7 +299,7 @@ def _(ground: Ground, evil: bytes) -> None:
     Manifest.open(ground.folder)
 
 
-@place("manifest.arrow: sealed, pickled extension type within", "Manifest.open", "DataError")
+@place("manifest.arrow with a valid checksum and a pickled extension type", "Manifest.open", "DataError")
 def _(ground: Ground, evil: bytes) -> None:
     write_extension(ground.folder / "manifest.arrow", evil, {"schema_version": "1"})
     Manifest.open(ground.folder)
@@ -311,7 +311,7 @@ def _(ground: Ground, evil: bytes) -> None:
     LabelTable.open(ground.folder / "t.arrow")
 
 
-@place("label table: sealed, pickled extension type within", "LabelTable.open", "LabelError")
+@place("label table with a valid checksum and a pickled extension type", "LabelTable.open", "LabelError")
 def _(ground: Ground, evil: bytes) -> None:
     about = {"kind": "label_table", "schema_version": 1}
     write_extension(ground.folder / "t.arrow", evil, {"paml": json.dumps(about)})
@@ -319,12 +319,14 @@ def _(ground: Ground, evil: bytes) -> None:
 
 
 def write_extension(path: Path, evil: bytes, metadata: dict[str, str]) -> None:
-    """An Arrow file with a column of the type that pyarrow before 14.0.1 unpickled by itself, sealed."""
-    told = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": evil}
-    schema = pa.schema([pa.field("key", pa.int64(), metadata=told)], metadata={**UNSEALED, **metadata})
+    """An Arrow file with a column of the type that pyarrow before 14.0.1 unpickled, with a valid checksum."""
+    metadata_of_type = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": evil}
+    schema = pa.schema(
+        [pa.field("key", pa.int64(), metadata=metadata_of_type)], metadata={**CHECKSUM_PLACEHOLDER, **metadata}
+    )
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays([pa.array([1])], schema=schema))
-    seal_file(str(path))
+    write_checksum(str(path))
 
 
 @place("annotation CSV", "build_label_table", "LabelError")
@@ -347,25 +349,27 @@ def _(ground: Ground, evil: bytes) -> None:
     apply_verdicts(table, [str(ground.folder / "v.csv")], str(ground.folder / "new.arrow"))
 
 
-@place("own labels, CSV", "own_labels", "LabelError")
+@place("own labels, CSV", "build_from_label_file", "LabelError")
 def _(ground: Ground, evil: bytes) -> None:
     (ground.folder / "own.csv").write_bytes(evil)
-    own_labels(str(ground.folder / "own.csv"), str(ground.folder / "t.arrow"))
+    build_from_label_file(str(ground.folder / "own.csv"), str(ground.folder / "t.arrow"))
 
 
-@place("own labels, Parquet", "own_labels", "LabelError")
+@place("own labels, Parquet", "build_from_label_file", "LabelError")
 def _(ground: Ground, evil: bytes) -> None:
     (ground.folder / "own.parquet").write_bytes(evil)
-    own_labels(str(ground.folder / "own.parquet"), str(ground.folder / "t.arrow"))
+    build_from_label_file(str(ground.folder / "own.parquet"), str(ground.folder / "t.arrow"))
 
 
-@place("own labels, Parquet: pickles in its cells, a pickled extension type", "own_labels", "LabelError")
+@place("own labels, Parquet: pickles in its cells, a pickled extension type", "build_from_label_file", "LabelError")
 def _(ground: Ground, evil: bytes) -> None:
-    told = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": evil}
-    schema = pa.schema([pa.field("image", pa.binary(), metadata=told), ("class", pa.binary()), ("state", pa.binary())])
+    metadata_of_type = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": evil}
+    schema = pa.schema(
+        [pa.field("image", pa.binary(), metadata=metadata_of_type), ("class", pa.binary()), ("state", pa.binary())]
+    )
     table = pa.table([pa.array([evil])] * 3, schema=schema).replace_schema_metadata({"pandas": evil})
     pq.write_table(table, ground.folder / "own.parquet")
-    own_labels(str(ground.folder / "own.parquet"), str(ground.folder / "t.arrow"))
+    build_from_label_file(str(ground.folder / "own.parquet"), str(ground.folder / "t.arrow"))
 
 
 @place("class priors, CSV and Parquet", "read_prior", "DataError")
@@ -414,28 +418,28 @@ def _(ground: Ground, evil: bytes) -> None:
 @place("images as files", "write_shards", "rejected and counted")
 def _(ground: Ground, evil: bytes) -> str:
     (ground.folder / "a.jpg").write_bytes(evil)
-    source = [("a", str(ground.folder / "a.jpg")), ("b", picture("test", 1))]
+    source = [("a", str(ground.folder / "a.jpg")), ("b", jpeg_image("test", 1))]
     report = write_shards(source, ground.folder / "out", ShardSettings(size=16), workers=1)
     return "rejected and counted" if (report.written, report.rejected) == (1, 1) else "taken"
 
 
-@place("images in tars: the archive, a member", "iter_tars, write_shards", "rejected and counted")
+@place("images in tars: the archive, a member", "tar_parts, write_shards", "rejected and counted")
 def _(ground: Ground, evil: bytes) -> str:
     (ground.folder / "in").mkdir()
     (ground.folder / "in" / "x.tar").write_bytes(evil)
     with tarfile.open(ground.folder / "in" / "y.tar", "w") as tar:
-        for name, data in (("a.jpg", evil), ("b.jpg", picture("test", 0))):
+        for name, data in (("a.jpg", evil), ("b.jpg", jpeg_image("test", 0))):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    source = iter_tars(ground.folder / "in")
+    source = read_parts(tar_parts(ground.folder / "in"))
     report = write_shards(source, ground.folder / "out", ShardSettings(size=16), workers=1, expected_count=2)
     return "rejected and counted" if (report.written, report.rejected) == (1, 2) else "taken"
 
 
 @place("the shard writer's plan.json", "write_shards", "DataError")
 def _(ground: Ground, evil: bytes) -> None:
-    source = [("b", picture("test", 1))]
+    source = [("b", jpeg_image("test", 1))]
     with pytest.raises(RuntimeError, match="stop"):
         write_shards(stopping(source), ground.folder / "out", ShardSettings(size=16), workers=1, expected_count=2)
     (plan,) = (ground.folder / "out").rglob("plan.json")
@@ -448,10 +452,10 @@ def stopping(source: list[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
     raise RuntimeError("stop")
 
 
-@place("the shard writer's pieces", "read_piece", "DamagedPiece")
+@place("the shard writer's spills", "read_spill", "DamagedSpillError")
 def _(ground: Ground, evil: bytes) -> None:
-    (ground.folder / "x.piece").write_bytes(evil)
-    read_piece(str(ground.folder / "x.piece"))
+    (ground.folder / "x.spill").write_bytes(evil)
+    read_spill(str(ground.folder / "x.spill"))
 
 
 @place("features cache: features.json, features.f16", "with_features", "computed anew")
@@ -468,10 +472,10 @@ def _(ground: Ground, evil: bytes) -> str:
     for name in ("features.json", "features.f16"):
         for path in (ground.folder / "features").rglob(name):
             path.write_bytes(evil)
-        said: list[str] = []
-        again = cached(state_of(settings, data, World()), data, said)
+        lines: list[str] = []
+        again = cached(state_of(settings, data, World()), data, lines)
         assert again.train.features is not None
-        if not any("computed anew" in line for line in said):
+        if not any("computing the features" in line for line in lines):
             return f"{name} used"
         np.testing.assert_array_equal(again.train.features.plain, before)
     return "computed anew"
@@ -479,7 +483,7 @@ def _(ground: Ground, evil: bytes) -> str:
 
 @place("sweep.json, trials/*.json", "claim_sweep, read_trials", "DataError")
 def _(ground: Ground, evil: bytes) -> None:
-    sweep: Sweep = planned(tiny_sweep(ground.prepared, ground.folder))
+    sweep: Sweep = plan(tiny_sweep(ground.prepared, ground.folder))
     place = Path(sweep.folder)
     (place / "trials").mkdir(parents=True)
     (place / "sweep.json").write_bytes(evil)
@@ -492,7 +496,7 @@ def _(ground: Ground, evil: bytes) -> None:
 @place("a recipe that another names (base)", "yaml.safe_load", "SettingsError")
 def _(ground: Ground, evil: bytes) -> None:
     (ground.folder / "base.yaml").write_bytes(evil)
-    base_settings(SweepSettings(base=str(ground.folder / "base.yaml"), space={"seed": [1, 2]}))
+    base_settings(TuneSettings(base=str(ground.folder / "base.yaml"), space={"seed": [1, 2]}))
 
 
 @place(REMOTE[0], "ShardCache, by CRC-32 and SHA-256", "fetched anew")
@@ -520,29 +524,29 @@ def remote_shards(ground: Ground) -> str:
     """Shards in the bucket."""
     assert ground.s3 is not None
     url = f"{ground.s3}/shards"
-    source = [(key_of("test", n), picture("test", n)) for n in range(4)]
+    source = [(key_of("test", n), jpeg_image("test", n)) for n in range(4)]
     write_shards(source, url, ShardSettings(size=16, samples_per_shard=4), workers=1)
     return url
 
 
 @pytest.fixture(scope="module")
 def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs, with a model folder; never write into it."""
-    from paml.predict.predictor import ModelFacts, write_model_folder
+    """A run of two epochs, with a model folder; tests must not write to it."""
+    from paml.inference.predictor import ModelInfo, write_model_folder
 
     settings = tiny_settings(prepared, tmp_path_factory.mktemp("runs"), epochs=2)
     result = run(settings)
     assert result is not None
     folder = Path(settings.run.storage) / settings.run.name
     (folder / "run.json").write_text(json.dumps({"settings": flatten(settings)}))
-    name = committed(str(folder))[-1]
+    name = list_checkpoints(str(folder))[-1]
     network = load_model(str(folder), settings, name)
-    write_model_folder(str(folder / "model"), network, ModelFacts(settings.model, 5.0, CLASSES, CLASSES, 32), None)
+    write_model_folder(str(folder / "model"), network, ModelInfo(settings.model, 5.0, CLASSES, CLASSES, 32), None)
     return folder
 
 
 def payloads(marker: Path) -> dict[str, bytes]:
-    """The pickle as such, as torch.save writes it, and as an object array of numpy."""
+    """The plain pickle, as written by torch.save, and as a numpy object array."""
     plain = pickle.dumps(Evil(str(marker)))
     zipped, array = io.BytesIO(), io.BytesIO()
     with zipfile.ZipFile(zipped, "w") as file:
@@ -553,7 +557,7 @@ def payloads(marker: Path) -> dict[str, bytes]:
     return {"pickle": plain, "torch": zipped.getvalue(), "numpy": array.getvalue()}
 
 
-def test_the_pickles_do_harm_where_they_are_unpickled(tmp_path: Path) -> None:
+def test_the_pickles_work_if_they_are_unpickled(tmp_path: Path) -> None:
     for kind, data in payloads(tmp_path / "marker").items():
         if kind == "pickle":
             pickle.loads(data).close()
@@ -589,13 +593,13 @@ def test_a_planted_pickle_is_never_unpickled(
 def as_table() -> str:
     """The cases as Markdown."""
     rows = [f"| {case.what} | {case.reader} | {case.ends} |" for case in PLACES]
-    return "\n".join(["| a pickle in the place of | read by | ends in |", "|---|---|---|", *rows])
+    return "\n".join(["| pickle in place of | read by | outcome |", "|---|---|---|", *rows])
 
 
-def test_security_md_shows_these_places() -> None:
-    text = (ROOT / "SECURITY.md").read_text()
+def test_the_security_page_lists_these_cases() -> None:
+    text = (ROOT / "docs" / "security.md").read_text()
     shown = text.partition("<!-- places: begin -->\n")[2].partition("\n<!-- places: end -->")[0]
-    assert shown == as_table(), f"put this table into SECURITY.md:\n{as_table()}"
+    assert shown == as_table(), f"put this table into docs/security.md:\n{as_table()}"
 
 
 DANGEROUS = {
@@ -607,7 +611,7 @@ DANGEROUS = {
 }  # fmt: skip
 
 
-def test_no_line_of_paml_unpickles_or_runs_what_it_reads() -> None:
+def test_no_code_of_paml_unpickles_or_executes_its_input() -> None:
     found = []
     for path in sorted((ROOT / "paml").rglob("*.py")) + sorted((ROOT / "jobs").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

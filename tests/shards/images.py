@@ -1,4 +1,4 @@
-"""Small synthetic pictures and ways to damage files."""
+"""Small synthetic images and a way to damage files."""
 
 import io
 from pathlib import Path
@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 
-def picture(seed: int, width: int = 64, height: int = 48) -> Image.Image:
-    """A smooth colour gradient with some grain, different for each seed."""
+def gradient(seed: int, width: int = 64, height: int = 48) -> Image.Image:
+    """A smooth color gradient with noise, different for each seed."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     slopes = rng.uniform(-1, 1, (3, 2))
@@ -31,10 +31,10 @@ def decoded(data: bytes | memoryview) -> Image.Image:
 
 def source(count: int, **size: int) -> list[tuple[str, bytes]]:
     """`count` pairs of a key and a JPEG file."""
-    return [(f"{i:016x}", encoded(picture(i, **size), quality=90)) for i in range(count)]
+    return [(f"{i:016x}", encoded(gradient(i, **size), quality=90)) for i in range(count)]
 
 
-def flip_byte(path: str | Path, at: int, mask: int = 0xFF) -> None:
+def flip_byte(path: str | Path, offset: int, mask: int = 0xFF) -> None:
     data = bytearray(Path(path).read_bytes())
-    data[at] ^= mask
+    data[offset] ^= mask
     Path(path).write_bytes(data)

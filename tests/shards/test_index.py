@@ -6,8 +6,16 @@ import pytest
 from webdataset.writer import TarWriter
 
 from paml.errors import DataError
-from paml.shards import CorruptSample, Manifest, ShardReader, ShardSettings, index_shards, verify_shards, write_shards
-from tests.shards.images import encoded, flip_byte, picture, source
+from paml.shards import (
+    CorruptSampleError,
+    Manifest,
+    ShardReader,
+    ShardSettings,
+    index_shards,
+    verify_shards,
+    write_shards,
+)
+from tests.shards.images import encoded, flip_byte, gradient, source
 
 
 def write_tar(path: Path, samples: list[dict[str, object]]) -> Path:
@@ -23,10 +31,10 @@ def rejected(folder: Path) -> list[tuple[str, str]]:
         return [(row["key"], row["reason"]) for row in csv.DictReader(file)]
 
 
-def test_our_own_shards_get_their_own_manifest_again(tmp_path: Path) -> None:
+def test_index_of_our_shards_equals_their_manifest(tmp_path: Path) -> None:
     write_shards(source(40), tmp_path / "shards", ShardSettings(size=32, samples_per_shard=10))
     ours = Manifest.open(tmp_path / "shards")
-    index = index_shards(tmp_path / "shards", tmp_path / "index", workers=2)
+    index = index_shards(tmp_path / "shards", tmp_path / "index")
     assert index.keys() == ours.keys()
     for name in ("shard", "offset", "size", "crc32", "width", "height"):
         assert (getattr(index, name) == getattr(ours, name)).all()
@@ -36,8 +44,8 @@ def test_our_own_shards_get_their_own_manifest_again(tmp_path: Path) -> None:
     assert bytes(ShardReader(index).read(7)) == bytes(ShardReader(ours).read(7))
 
 
-def test_shards_of_others(tmp_path: Path) -> None:
-    images = [encoded(picture(i, 30 + i, 20), "PNG" if i % 2 else "JPEG") for i in range(8)]
+def test_shards_of_other_writers(tmp_path: Path) -> None:
+    images = [encoded(gradient(i, 30 + i, 20), "PNG" if i % 2 else "JPEG") for i in range(8)]
     samples: list[dict[str, object]] = [
         {"__key__": "a/0", "jpg": images[0], "cls": b"3", "json": b"{}"},
         {"__key__": "a/1", "PNG": images[1], "txt": b"words"},
@@ -58,14 +66,14 @@ def test_shards_of_others(tmp_path: Path) -> None:
     assert index.width.tolist() == [30, 31, 32, 34, 36]
     reasons = dict(rejected(tmp_path / "data"))
     assert set(reasons) == {"a/0", "no-image", "two", "broken"}
-    assert "seen before" in reasons["a/0"]
+    assert "duplicate" in reasons["a/0"]
     assert "no image in the sample" in reasons["no-image"]
-    assert "a second image" in reasons["two"]
+    assert "second image" in reasons["two"]
     assert "not an image" in reasons["broken"]
     assert index.report == {"written": 5, "rejected": 4, "shards": 2}
 
 
-def test_damaged_tars_are_indexed_up_to_the_damage_and_named(tmp_path: Path) -> None:
+def test_damaged_tars_are_indexed_up_to_the_damage(tmp_path: Path) -> None:
     samples: list[dict[str, object]] = [{"__key__": key, "jpg": data} for key, data in source(10)]
     cut = write_tar(tmp_path / "cut.tar", samples[:5])
     with tarfile.open(cut) as tar:
@@ -78,21 +86,21 @@ def test_damaged_tars_are_indexed_up_to_the_damage_and_named(tmp_path: Path) -> 
     index = index_shards(tmp_path, tmp_path / "index")
     assert index.keys().to_pylist() == [f"{i:016x}" for i in (0, 1, 5, 6, 7)]
     reasons = dict(rejected(tmp_path / "index"))
-    assert f"is cut or damaged in '{2:016x}.jpg'" in reasons[str(cut)]
-    assert f"damaged header at byte {fourth.offset}, after '{7:016x}.jpg'" in reasons[str(header)]
-    # the manifest describes the files as they are, so a later change is still found
+    assert f"'{2:016x}.jpg'" in reasons[str(cut)]
+    assert f"byte {fourth.offset}, after '{7:016x}.jpg'" in reasons[str(header)]
+    # the manifest describes the damaged files, so a later change is still detected
     assert verify_shards(tmp_path / "index").ok
     flip_byte(cut, int(index.offset[1]))
-    with pytest.raises(CorruptSample):
+    with pytest.raises(CorruptSampleError):
         ShardReader(index).read(1)
 
 
-def test_what_cannot_be_indexed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not a tar file, nor a folder that holds any"):
+def test_files_that_cannot_be_indexed_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere"):
         index_shards(tmp_path / "nowhere", tmp_path / "index")
     write_tar(tmp_path / "text" / "a.tar", [{"__key__": "a", "txt": b"words"}])
-    with pytest.raises(DataError, match=r"no image \(a member ending in jpg, jpeg, png, webp\)"):
+    with pytest.raises(DataError, match=r"no image .*jpg, jpeg, png, webp"):
         index_shards(tmp_path / "text", tmp_path / "index")
-    write_tar(tmp_path / "packed" / "a.tar.gz", [{"__key__": "a", "jpg": encoded(picture(0))}])
-    with pytest.raises(DataError, match=r"a\.tar\.gz is compressed.*unpack it first"):
+    write_tar(tmp_path / "packed" / "a.tar.gz", [{"__key__": "a", "jpg": encoded(gradient(0))}])
+    with pytest.raises(DataError, match=r"a\.tar\.gz is compressed"):
         index_shards(tmp_path / "packed", tmp_path / "index")

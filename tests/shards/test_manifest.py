@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from paml.checksum import CHECKSUM_PLACEHOLDER, verify_checksum, write_checksum
 from paml.errors import DataError
-from paml.seal import UNSEALED, check_seal, seal_file
 from paml.shards import Manifest, ShardSettings, write_shards
 from paml.shards.manifest import ShardInfo, shards_digest
 from tests.shards.images import source
@@ -44,94 +44,99 @@ def test_pickles_as_its_folder(folder: Path) -> None:
 
 
 def rewrite(path: Path, batch: pa.RecordBatch, metadata: dict[bytes, bytes]) -> None:
-    """As a writer with wrong ideas, who seals them."""
-    changed = batch.replace_schema_metadata({**(batch.schema.metadata or {}), **metadata, **UNSEALED})
+    """Write wrong content with a valid checksum."""
+    changed = batch.replace_schema_metadata({**(batch.schema.metadata or {}), **metadata, **CHECKSUM_PLACEHOLDER})
     with pa.ipc.new_file(path, changed.schema) as file:
         file.write_batch(changed)
-    seal_file(str(path))
+    write_checksum(str(path))
 
 
-def test_any_changed_bit_of_the_file_is_found(folder: Path) -> None:
+def test_any_changed_bit_is_detected(folder: Path) -> None:
     path = folder / "manifest.arrow"
     data = path.read_bytes()
-    for place in range(0, len(data), 7):
+    for offset in range(0, len(data), 7):
         changed = bytearray(data)
-        changed[place] ^= 1 << place % 8
+        changed[offset] ^= 1 << offset % 8
         path.write_bytes(changed)
-        with pytest.raises(DataError, match=r"manifest.arrow (is damaged or cut|has schema version)"):
+        with pytest.raises(DataError, match=r"manifest.arrow (is damaged|has schema version)"):
             Manifest.open(folder)
     path.write_bytes(data)
     assert len(Manifest.open(folder)) == 25
 
 
-def test_a_manifest_of_before_the_seal_is_read(folder: Path) -> None:
+def test_changed_or_missing_checksum_is_an_error(folder: Path) -> None:
     path = folder / "manifest.arrow"
-    sealed = pickle.dumps(Manifest.open(folder))
+    opened = pickle.dumps(Manifest.open(folder))
     with pa.ipc.open_file(path.read_bytes()) as file:
         batch = file.get_batch(0)
+    rewrite(path, batch, {b"report": b"{}"})
+    assert Manifest.open(folder).report == {}
+    with pytest.raises(DataError, match="has changed"):
+        pickle.loads(opened)
     metadata = {key: value for key, value in (batch.schema.metadata or {}).items() if key != b"seal"}
-    old = batch.replace_schema_metadata(metadata)
-    with pa.ipc.new_file(path, old.schema) as file:
-        file.write_batch(old)
-    assert Manifest.open(folder).keys() == batch.column("key")
-    with pytest.raises(DataError, match="has changed since it was opened: start the run again"):
-        pickle.loads(sealed)
+    plain = batch.replace_schema_metadata(metadata)
+    with pa.ipc.new_file(path, plain.schema) as file:
+        file.write_batch(plain)
+    with pytest.raises(DataError, match="metadata fields"):
+        Manifest.open(folder)
 
 
-def test_counts_and_places_that_contradict_each_other_are_refused(folder: Path) -> None:
+def test_inconsistent_counts_and_offsets_are_errors(folder: Path) -> None:
     path = folder / "manifest.arrow"
     with pa.ipc.open_file(path.read_bytes()) as file:
         batch = file.get_batch(0)
     shards = list(Manifest.open(folder).shards)
 
-    def said(shards: list[ShardInfo]) -> dict[bytes, bytes]:
+    def metadata_of(shards: list[ShardInfo]) -> dict[bytes, bytes]:
         listed = json.dumps([dataclasses.asdict(shard) for shard in shards]).encode()
         return {b"shards": listed, b"digest": shards_digest(shards).encode()}
 
     def replaced(name: str, change: Callable[[np.ndarray], np.ndarray]) -> pa.RecordBatch:
-        place = batch.schema.get_field_index(name)
+        column = batch.schema.get_field_index(name)
         values = change(batch.column(name).to_numpy().copy())
-        return batch.set_column(place, batch.schema.field(place), pa.array(values, batch.schema.field(place).type))
+        return batch.set_column(column, batch.schema.field(column), pa.array(values, batch.schema.field(column).type))
 
     one_more = [dataclasses.replace(shards[0], count=shards[0].count + 1), *shards[1:]]
     half = [dataclasses.replace(shards[0], bytes=shards[0].bytes // 2), *shards[1:]]
     cases = [
-        (batch, said(one_more), r"shard-000000.tar should hold \d+ images, and \d+ rows name it"),
-        (batch, {b"shards": said(one_more)[b"shards"]}, "the list of shards is not that of its digest"),
-        (batch, said(half), r"image '\w+' \(bytes \d+ to \d+\) lies outside of shard-000000.tar"),
-        (batch, said(shards[:-1]), r"a row lies in shard \d, and there are \d"),
-        (replaced("shard", lambda v: v[::-1]), {}, r"row \d+ stands after those of a later shard"),
-        (replaced("offset", lambda v: np.r_[v[0], v[0], v[2:]]), {}, "overlaps the one before it in shard-000000.tar"),
-        (replaced("size", lambda v: v - 10_000), {}, "lies outside of"),
+        (batch, metadata_of(one_more), r"shard-000000.tar should have \d+ images, but \d+ rows"),
+        (batch, {b"shards": metadata_of(one_more)[b"shards"]}, "digest"),
+        (batch, metadata_of(half), r"image '\w+' \(bytes \d+ to \d+\) is outside of shard-000000.tar"),
+        (batch, metadata_of(shards[:-1]), r"a row refers to shard \d of \d"),
+        (replaced("shard", lambda v: v[::-1]), {}, r"row \d+ follows"),
+        (replaced("offset", lambda v: np.r_[v[0], v[0], v[2:]]), {}, "overlaps the previous image in shard-000000.tar"),
+        (replaced("size", lambda v: v - 10_000), {}, "is outside of"),
     ]
     for changed, metadata, message in cases:
         rewrite(path, changed, metadata)
-        with pytest.raises(DataError, match=f"contradicts itself: .*{message}.*: copy it again"):
+        with pytest.raises(DataError, match=f"inconsistent: .*{message}"):
             Manifest.open(folder)
 
 
-def test_a_file_that_has_not_changed_is_not_checked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_file_is_not_verified_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = Manifest.open(folder)
-    checked: list[int] = []
-    monkeypatch.setattr("paml.shards.manifest.check_seal", lambda data: checked.append(len(data)) or check_seal(data))
+    verified: list[int] = []
+    monkeypatch.setattr(
+        "paml.checksum.verify_checksum", lambda data: verified.append(len(data)) or verify_checksum(data)
+    )
     assert pickle.loads(pickle.dumps(manifest)).keys() == manifest.keys()
-    assert not checked
+    assert not verified
     (folder / "manifest.arrow").touch()
     assert pickle.loads(pickle.dumps(manifest)).keys() == manifest.keys()
-    assert len(checked) == 1
+    assert len(verified) == 1
 
 
-def test_absent_cut_and_other_versions_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no manifest.arrow: write shards"):
+def test_missing_truncated_and_other_versions_are_errors(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no manifest.arrow"):
         Manifest.open(tmp_path / "nowhere")
     path = folder / "manifest.arrow"
     data = path.read_bytes()
     with pa.ipc.open_file(path) as file:
         batch = file.get_batch(0)
     rewrite(path, batch, {b"schema_version": b"99"})
-    with pytest.raises(DataError, match="schema version 99, this paml reads 1"):
+    with pytest.raises(DataError, match="schema version 99"):
         Manifest.open(folder)
     for size in (0, 5, len(data) // 2, len(data) - 3):
         path.write_bytes(data[:size])
-        with pytest.raises(DataError, match="is damaged or cut"):
+        with pytest.raises(DataError, match="is damaged"):
             Manifest.open(folder)

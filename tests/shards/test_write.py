@@ -1,7 +1,5 @@
 import csv
-import dataclasses
 import io
-import json
 import os
 import random
 import resource
@@ -11,6 +9,7 @@ import sys
 import tarfile
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,41 +20,30 @@ from hypothesis import strategies as st
 from webdataset import compat
 
 from paml.errors import DataError, SettingsError
-from paml.shards import Manifest, PartsFailed, ShardReader, ShardSettings, verify_shards, write_parts, write_shards
+from paml.shards import Manifest, ShardReader, ShardSettings, verify_shards, write_parts, write_shards
 from paml.shards.encode import member_key
 from paml.shards.images import prepare_image
-from paml.shards.spill import read_piece
-from paml.shards.tasks import LocalTasks
-from paml.sources.folder import iter_folder
+from paml.shards.spill import read_spill
+from paml.sources.folder import folder_parts
+from paml.sources.parts import Part, read_parts
 from paml.storage import StorageError
-from tests.shards.images import decoded, encoded, flip_byte, picture, source
+from paml.tasks import LocalTaskRunner, PartsFailed
+from tests.shards.images import decoded, encoded, flip_byte, gradient, source
 
 SMALL = ShardSettings(size=32, samples_per_shard=10)
 
 
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    """A part that is cut after some images, or never."""
-
-    name: str
-    pairs: list[tuple[str, Any]]
-    after: int | None = None
-    bytes: None = None
-
-    @property
-    def images(self) -> int:
-        return len(self.pairs)
-
-    def __iter__(self):
-        return iter(self.pairs) if self.after is None else cut_after(self.pairs, self.after)
+def part_of(name: str, pairs: list[tuple[str, Any]], after: int | None = None) -> Part:
+    """A part that raises after some images, or never."""
+    return Part(name, partial(iter, pairs) if after is None else partial(interrupted_after, pairs, after), len(pairs))
 
 
-def parts_of(images: list[tuple[str, Any]], count: int) -> list[Pairs]:
-    return [Pairs(f"part {i}", images[i::count]) for i in range(count)]
+def parts_of(images: list[tuple[str, Any]], count: int) -> list[Part]:
+    return [part_of(f"part {i}", images[i::count]) for i in range(count)]
 
 
 def all_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """All files below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -83,24 +71,24 @@ def test_bytes_do_not_depend_on_order_or_workers(tmp_path: Path) -> None:
     assert [p for p in os.listdir(tmp_path / "one") if not p.endswith((".tar", ".arrow", ".csv"))] == []
 
 
-def test_bytes_do_not_depend_on_parts_pieces_or_groups(tmp_path: Path) -> None:
-    """Doubled keys and broken copies included: which of them counts must not hang on what was read first."""
+def test_bytes_do_not_depend_on_parts_spills_or_groups(tmp_path: Path) -> None:
+    """Also with duplicate keys and broken copies: which copy is used must not depend on the order of reading."""
     images: list[tuple[str, Any]] = [
         *source(60),
-        *((key, encoded(picture(i, 80, 60), quality=90)) for i, (key, _) in enumerate(source(20))),
+        *((key, encoded(gradient(i, 80, 60), quality=90)) for i, (key, _) in enumerate(source(20))),
         *((key, data[:100]) for key, data in source(10)),
-        ("lost", b"no image"),
+        ("lost", b"not an image"),
         ("lost", b""),
         ("absent", FileNotFoundError("not there")),
     ]
     wanted = [f"{i:016x}" for i in range(50)] + ["lost", "absent"]
     kinds = [
         (parts_of(images, 1), {}),
-        (parts_of(images, 7), {"piece_bytes": 5_000, "group_bytes": 1}),
-        (parts_of(images, 3)[::-1], {"tasks": LocalTasks(4), "group_bytes": 20_000}),
-        (parts_of(random.Random(3).sample(images, len(images)), 5), {"piece_bytes": 1}),
+        (parts_of(images, 7), {"spill_bytes": 5_000, "group_bytes": 1}),
+        (parts_of(images, 3)[::-1], {"tasks": LocalTaskRunner(4), "group_bytes": 20_000}),
+        (parts_of(random.Random(3).sample(images, len(images)), 5), {"spill_bytes": 1}),
     ]
-    found = []
+    outputs = []
     for number, (parts, options) in enumerate(kinds):
         out = tmp_path / str(number)
         report = write_parts(parts, out, SMALL, expected_count=50, wanted_keys=wanted, **options)
@@ -111,24 +99,22 @@ def test_bytes_do_not_depend_on_parts_pieces_or_groups(tmp_path: Path) -> None:
             31,
             10,
         )
-        found.append(all_bytes(out))
-    assert rejects(tmp_path / "0")["lost"] == "not an image that Pillow knows (begins with b'no image')"
-    assert rejects(tmp_path / "0")["absent"] == "wanted, but in no source"
-    assert found[0] == found[1] == found[2] == found[3]
+        outputs.append(all_bytes(out))
+    assert rejects(tmp_path / "0")["lost"] == "empty file"
+    assert rejects(tmp_path / "0")["absent"] == "requested, but in no source"
+    assert outputs[0] == outputs[1] == outputs[2] == outputs[3]
     manifest = Manifest.open(tmp_path / "0")
     reader = ShardReader(manifest)
     row = manifest.keys().to_pylist().index(f"{3:016x}")
-    larger = encoded(picture(3, 80, 60), quality=90)
+    larger = encoded(gradient(3, 80, 60), quality=90)
     assert len(larger) > len(source(4)[3][1])
-    assert (
-        bytes(reader.read(row)) == prepare_image(larger, size=32, resize="squash", quality=90, max_pixels=1 << 27).data
-    )
+    assert bytes(reader.read(row)) == prepare_image(larger, ShardSettings(size=32)).data
 
 
-def test_the_tar_files_are_those_of_webdatasets_own_writer(tmp_path: Path) -> None:
+def test_tar_files_equal_those_of_webdatasets_writer(tmp_path: Path) -> None:
     from webdataset.writer import TarWriter
 
-    images = [*source(25), ("a.b/c d", encoded(picture(99))), ("käse" * 60, encoded(picture(98), "PNG"))]
+    images = [*source(25), ("a.b/c d", encoded(gradient(99))), ("käse" * 60, encoded(gradient(98), "PNG"))]
     write_shards(images, tmp_path, ShardSettings(resize="original", samples_per_shard=9))
     manifest, reader = Manifest.open(tmp_path), ShardReader(Manifest.open(tmp_path))
     for shard in range(len(manifest.shards)):
@@ -141,30 +127,28 @@ def test_the_tar_files_are_those_of_webdatasets_own_writer(tmp_path: Path) -> No
         assert Path(manifest.shard_path(shard)).read_bytes() == expected.getvalue()
 
 
-def test_a_part_that_always_fails_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
+def test_failing_part_is_named_and_the_others_are_saved(tmp_path: Path) -> None:
     images = source(40)
     parts = parts_of(images, 4)
-    parts[2] = Pairs("the bad one", images[2::4], 3)
-    with pytest.raises(
-        PartsFailed, match=r"(?s)1 of 4 parts.*the bad one: Cut \(2 attempts\).*same call again"
-    ) as failed:
-        write_parts(parts, tmp_path / "out", SMALL, tasks=LocalTasks(2, retries=1))
+    parts[2] = part_of("the bad one", images[2::4], 3)
+    with pytest.raises(PartsFailed, match=r"(?s)1 of 4 parts.*the bad one: Interrupted \(2 attempts\)") as failed:
+        write_parts(parts, tmp_path / "out", SMALL, tasks=LocalTaskRunner(2, retries=1))
     assert [failure.name for failure in failed.value.failures] == ["the bad one"]
     assert not (tmp_path / "out" / "manifest.arrow").exists()
-    gone = [Pairs(part.name, [(key, b"") for key, _ in part.pairs]) for part in parts]
-    gone[2] = Pairs("the bad one", [(key, b"") for key, _ in images[2::4][:3]] + images[2::4][3:])
-    report = write_parts(gone, tmp_path / "out", SMALL)
+    unreadable = [part_of(part.name, [(key, b"") for key, _ in images[i::4]]) for i, part in enumerate(parts)]
+    unreadable[2] = part_of("the bad one", [(key, b"") for key, _ in images[2::4][:3]] + images[2::4][3:])
+    report = write_parts(unreadable, tmp_path / "out", SMALL)
     assert (report.written, report.rejected) == (40, 0)
     assert report.digest == write_shards(images, tmp_path / "whole", SMALL).digest
 
 
-def test_two_parts_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="two parts of the source are both 'twice'"):
-        write_parts([Pairs("twice", source(2)), Pairs("twice", source(2))], tmp_path, SMALL)
+def test_two_parts_with_one_name_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'twice'"):
+        write_parts([part_of("twice", source(2)), part_of("twice", source(2))], tmp_path, SMALL)
 
 
-def test_a_stock_webdataset_reads_the_shards(tmp_path: Path) -> None:
-    images = [*source(30), ("a.b/c d", encoded(picture(99))), ("käse" * 60, encoded(picture(98)))]
+def test_stock_webdataset_reads_the_shards(tmp_path: Path) -> None:
+    images = [*source(30), ("a.b/c d", encoded(gradient(99))), ("käse" * 60, encoded(gradient(98)))]
     write_shards(images, tmp_path, SMALL)
     manifest = Manifest.open(tmp_path)
     urls = [manifest.shard_path(i) for i in range(len(manifest.shards))]
@@ -177,7 +161,7 @@ def test_a_stock_webdataset_reads_the_shards(tmp_path: Path) -> None:
         assert np.array_equal(sample["jpg"], np.asarray(decoded(reader.read(index))))
 
 
-def test_tar_members_are_fixed_and_stand_where_the_manifest_says(tmp_path: Path) -> None:
+def test_tar_members_are_deterministic_and_at_the_offsets_of_the_manifest(tmp_path: Path) -> None:
     write_shards(source(30), tmp_path, SMALL)
     manifest = Manifest.open(tmp_path)
     row = 0
@@ -197,24 +181,23 @@ def test_tar_members_are_fixed_and_stand_where_the_manifest_says(tmp_path: Path)
     assert set(manifest.keys().to_pylist()) == {key for key, _ in source(30)}
 
 
-def test_bad_and_missing_images_are_rejected_with_their_reason(tmp_path: Path) -> None:
-    good = encoded(picture(0, 200, 200), quality=95)
+def test_bad_and_missing_images_are_rejected_with_a_reason(tmp_path: Path) -> None:
+    good = encoded(gradient(0, 200, 200), quality=95)
     damaged = bytearray(good)
     damaged[1000:3000] = bytes(2000)
-    (tmp_path / "gone").mkdir()
     images: list[tuple[str, bytes | str]] = [
         ("whole", good),
         ("zero", b""),
-        ("cut", good[: len(good) // 2]),
+        ("truncated", good[: len(good) // 2]),
         ("damaged", bytes(damaged)),
         ("text", b"not an image at all"),
         ("absent", str(tmp_path / "absent.jpg")),
         ("unwanted", good),
-        ("cut twice", good[:1000]),
-        ("cut twice", good[:2000]),
-        ("mended", good[:1000]),
-        ("mended", good),
-        ("whole", encoded(picture(1))),
+        ("truncated twice", good[:1000]),
+        ("truncated twice", good[:2000]),
+        ("repaired", good[:1000]),
+        ("repaired", good),
+        ("whole", encoded(gradient(1))),
         ("", good),
         ("\udcff", good),
     ]
@@ -222,67 +205,92 @@ def test_bad_and_missing_images_are_rejected_with_their_reason(tmp_path: Path) -
     one_shard = ShardSettings(size=32)
     report = write_shards(images, tmp_path / "out", one_shard, wanted_keys=wanted)
     reasons = rejects(tmp_path / "out")
-    assert reasons["zero"] == "zero bytes"
-    assert "remature end" in reasons["cut"] or "truncated" in reasons["cut"]
+    assert reasons["zero"] == "empty file"
+    assert "remature end" in reasons["truncated"] or "truncated" in reasons["truncated"]
     assert "orrupt" in reasons["damaged"]
     assert "not an image" in reasons["text"]
     assert "unreadable" in reasons["absent"]
-    assert reasons["never seen"] == "wanted, but in no source"
+    assert reasons["never seen"] == "requested, but in no source"
     assert any("empty" in reason for reason in reasons.values())
     assert any("UTF-8" in reason for reason in reasons.values())
     assert len(reasons) == 9
     assert (report.written, report.rejected, report.missing, report.duplicates, report.unwanted) == (2, 9, 1, 3, 1)
-    assert "9 rejected (1 of them wanted and not found), see rejects.csv" in str(report)
-    # of two with one key the larger file wins
+    assert "9 rejected (1 of them requested but missing), see rejects.csv" in str(report)
+    # of two images with one key, the larger file is used
     manifest = Manifest.open(tmp_path / "out")
-    lone = write_shards([("whole", good), ("mended", good)], tmp_path / "lone", one_shard)
+    lone = write_shards([("whole", good), ("repaired", good)], tmp_path / "lone", one_shard)
     assert lone.digest == report.digest == manifest.digest
 
 
-def test_damaged_jpeg_is_kept_where_asked(tmp_path: Path) -> None:
-    damaged = bytearray(encoded(picture(0, 200, 200), quality=95))
+def test_damaged_jpeg_is_stored_unless_strict(tmp_path: Path) -> None:
+    damaged = bytearray(encoded(gradient(0, 200, 200), quality=95))
     damaged[1000:3000] = bytes(2000)
     report = write_shards([("damaged", bytes(damaged))], tmp_path, ShardSettings(size=32, strict=False))
     assert (report.written, report.rejected) == (1, 0)
 
 
 def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"not one of 1 images was usable.*rejects\.csv"):
+    with pytest.raises(DataError, match=r"none of 1 images.*rejects\.csv"):
         write_shards([("zero", b"")], tmp_path, SMALL)
-    assert rejects(tmp_path) == {"zero": "zero bytes"}
+    assert rejects(tmp_path) == {"zero": "empty file"}
     with pytest.raises(SettingsError, match="0 images are expected"):
         write_shards([], tmp_path / "empty", SMALL)
 
 
-def test_a_folder_is_written_from_its_paths(tmp_path: Path) -> None:
+def test_folder_of_images(tmp_path: Path) -> None:
     (tmp_path / "images" / "sub").mkdir(parents=True)
     for i in range(5):
-        (tmp_path / "images" / ("sub" if i % 2 else ".") / f"{i}.png").write_bytes(encoded(picture(i), "PNG"))
-    report = write_shards(iter_folder(tmp_path / "images"), tmp_path / "out", SMALL, expected_count=5)
+        (tmp_path / "images" / ("sub" if i % 2 else ".") / f"{i}.png").write_bytes(encoded(gradient(i), "PNG"))
+    report = write_shards(read_parts(folder_parts(tmp_path / "images")), tmp_path / "out", SMALL, expected_count=5)
     assert report.written == 5
     assert set(Manifest.open(tmp_path / "out").keys().to_pylist()) == set("01234")
 
 
-class Cut(Exception):
+class Interrupted(Exception):
     pass
 
 
-def cut_after(images: list[tuple[str, bytes]], count: int):
+def interrupted_after(images: list[tuple[str, bytes]], count: int):
     yield from images[:count]
-    raise Cut
+    raise Interrupted
 
 
-def test_a_cut_run_goes_on_without_reading_again_what_is_done(tmp_path: Path) -> None:
+def test_interrupted_run_continues_without_reading_finished_images(tmp_path: Path) -> None:
     images = source(50)
     whole = write_shards(images, tmp_path / "whole", SMALL)
     out = tmp_path / "out"
-    with pytest.raises(Cut):
-        write_shards(cut_after(images, 30), out, SMALL, expected_count=50, workers=1)
-    # one worker has at most five images under way
-    again = [(key, str(tmp_path / "gone")) for key, _ in images[:24]] + images[24:]
+    with pytest.raises(Interrupted):
+        write_shards(interrupted_after(images, 30), out, SMALL, expected_count=50, workers=1)
+    # one worker encodes at most five images at a time
+    again = [(key, str(tmp_path / "missing")) for key, _ in images[:24]] + images[24:]
     report = write_shards(again, out, SMALL, expected_count=10_000)
     assert (report.digest, report.written, report.rejected, report.duplicates) == (whole.digest, 50, 0, 0)
     assert not (out / ".partial").exists()
+
+
+def test_a_signal_ends_the_run_after_its_images_are_saved(tmp_path: Path) -> None:
+    """In a process of its own, since the signal must reach the main thread while it waits for the tasks."""
+    script = """
+        import os, signal, sys, time
+        from paml.errors import DataError
+        from paml.shards import ShardSettings, write_shards
+        from tests.shards.images import source
+
+        def images():
+            for i, image in enumerate(source(40)):
+                if i == 30:
+                    os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+                yield image
+
+        write_shards(images(), sys.argv[1], ShardSettings(size=32), expected_count=40)
+    """
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", textwrap.dedent(script), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert "KeyboardInterrupt" in done.stderr
+    (spill,) = (out / ".partial").rglob("*.spill")
+    assert read_spill(str(spill)).end >= 20
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -290,101 +298,89 @@ def test_a_cut_run_goes_on_without_reading_again_what_is_done(tmp_path: Path) ->
     after=st.integers(0, 40),
     cuts=st.lists(st.tuples(st.integers(0, 9), st.floats(0, 1), st.booleans()), max_size=3),
 )
-def test_torn_intermediate_files_are_mended(
+def test_damaged_spills_are_written_again(
     tmp_path_factory: pytest.TempPathFactory, after: int, cuts: list[tuple[int, float, bool]]
 ) -> None:
-    images, tmp_path = source(40, width=8, height=8), tmp_path_factory.mktemp("torn")
-    digest = write_parts([Pairs("one", images)], tmp_path / "whole", SMALL).digest
-    with pytest.raises(Cut):
+    images, tmp_path = source(40, width=8, height=8), tmp_path_factory.mktemp("damaged")
+    digest = write_parts([part_of("one", images)], tmp_path / "whole", SMALL).digest
+    with pytest.raises(Interrupted):
         write_parts(
-            [Pairs("one", images, after)],
+            [part_of("one", images, after)],
             tmp_path / "out",
             SMALL,
-            tasks=LocalTasks(2, raise_first=True),
-            piece_bytes=4_000,
+            tasks=LocalTaskRunner(2, raise_first=True),
+            spill_bytes=4_000,
         )
-    pieces = sorted((tmp_path / "out" / ".partial").glob("*.piece"))
-    for number, share, cut in cuts if pieces else []:
-        path = pieces[number % len(pieces)]
+    spills = sorted((tmp_path / "out" / ".partial").glob("*.spill"))
+    for number, fraction, cut in cuts if spills else []:
+        path = spills[number % len(spills)]
         if cut:
-            os.truncate(path, int(share * path.stat().st_size))
+            os.truncate(path, int(fraction * path.stat().st_size))
         elif path.stat().st_size:
-            flip_byte(path, int(share * (path.stat().st_size - 1)))
-    report = write_parts([Pairs("one", images)], tmp_path / "out", SMALL, piece_bytes=4_000)
+            flip_byte(path, int(fraction * (path.stat().st_size - 1)))
+    report = write_parts([part_of("one", images)], tmp_path / "out", SMALL, spill_bytes=4_000)
     assert (report.digest, report.written, report.duplicates) == (digest, 40, 0)
 
 
-def test_changed_intermediate_bytes_are_redone_never_written(tmp_path: Path) -> None:
+def test_changed_spill_is_written_again_and_never_used(tmp_path: Path) -> None:
     images = source(40)
     digest = write_shards(images, tmp_path / "whole", SMALL).digest
     for name, again in (("list", images), ("iterator", iter(images))):
         out = tmp_path / name
-        with pytest.raises(Cut):
-            write_shards(cut_after(images, 35), out, SMALL, expected_count=40)
-        (piece,) = (out / ".partial").glob("*.piece")
-        flip_byte(piece, piece.stat().st_size - 50)
+        with pytest.raises(Interrupted):
+            write_shards(interrupted_after(images, 35), out, SMALL, expected_count=40)
+        (spill,) = (out / ".partial").glob("*.spill")
+        flip_byte(spill, spill.stat().st_size - 50)
         if name == "iterator":
-            with pytest.raises(DataError, match=r"fails its checksum.*make the same call again"):
+            with pytest.raises(DataError, match=r"checksum mismatch.*\.spill"):
                 write_shards(again, out, SMALL, expected_count=40)
             again = iter(images)
         report = write_shards(again, out, SMALL, expected_count=40)
         assert (report.digest, report.written, report.duplicates) == (digest, 40, 0)
 
 
-def test_a_cut_run_notices_that_the_source_gives_other_images(tmp_path: Path) -> None:
+def test_interrupted_run_detects_a_changed_source(tmp_path: Path) -> None:
     images = source(40)
-    with pytest.raises(Cut):
-        write_shards(cut_after(images, 30), tmp_path / "out", SMALL, expected_count=40)
-    turned = images[::-1]
-    with pytest.raises(DataError, match="gives other images than when the run was cut off"):
-        write_shards(iter(turned), tmp_path / "out", SMALL, expected_count=40)
-    report = write_shards(turned, tmp_path / "out", SMALL)
+    with pytest.raises(Interrupted):
+        write_shards(interrupted_after(images, 30), tmp_path / "out", SMALL, expected_count=40)
+    reversed_images = images[::-1]
+    with pytest.raises(DataError, match="has other images"):
+        write_shards(iter(reversed_images), tmp_path / "out", SMALL, expected_count=40)
+    report = write_shards(reversed_images, tmp_path / "out", SMALL)
     assert (report.written, report.duplicates) == (40, 0)
     assert report.digest == write_shards(images, tmp_path / "whole", SMALL).digest
 
 
-def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
+def test_complete_folder_is_not_changed(tmp_path: Path) -> None:
     first = write_shards(source(20), tmp_path, SMALL)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    again = write_shards(cut_after([], 0), tmp_path, SMALL, expected_count=20)
+    again = write_shards(interrupted_after([], 0), tmp_path, SMALL, expected_count=20)
     assert again.already_done
     assert (again.digest, again.written) == (first.digest, 20)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    with pytest.raises(SettingsError, match="finished shards of other settings"):
+    with pytest.raises(SettingsError, match="other settings"):
         write_shards(source(20), tmp_path, ShardSettings(size=48))
 
 
-def test_what_a_run_left_that_was_killed_at_its_very_end_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_run_killed_at_its_end_are_deleted(tmp_path: Path) -> None:
     write_shards(source(20), tmp_path, SMALL)
     before = all_bytes(tmp_path)
     (tmp_path / ".partial").mkdir()
-    (tmp_path / ".partial" / "0123-00000.piece").write_bytes(b"left")
-    (tmp_path / ".0123.paml-tmp").write_bytes(b"torn")
+    (tmp_path / ".partial" / "0123-00000.spill").write_bytes(b"leftover")
+    (tmp_path / ".0123.paml-tmp").write_bytes(b"partial")
     assert write_shards(source(20), tmp_path, SMALL).already_done
     assert all_bytes(tmp_path) == before
     assert not (tmp_path / ".partial").exists()
 
 
-def test_a_cut_run_refuses_other_settings(tmp_path: Path) -> None:
-    with pytest.raises(Cut):
-        write_shards(cut_after(source(5), 5), tmp_path, SMALL, expected_count=20)
-    with pytest.raises(SettingsError, match="cut-off run of other settings"):
+def test_interrupted_run_rejects_other_settings(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        write_shards(interrupted_after(source(5), 5), tmp_path, SMALL, expected_count=20)
+    with pytest.raises(SettingsError, match="other settings"):
         write_shards(source(5), tmp_path, ShardSettings(size=48))
 
 
-def test_a_cut_run_from_before_chroma_was_a_setting_goes_on(tmp_path: Path) -> None:
-    with pytest.raises(Cut):
-        write_shards(cut_after(source(20), 5), tmp_path, SMALL, expected_count=20)
-    (path,) = tmp_path.rglob("plan.json")
-    plan = json.loads(path.read_text())
-    del plan["settings"]["chroma"]
-    path.write_text(json.dumps(plan))
-    with pytest.raises(SettingsError, match="cut-off run of other settings"):
-        write_shards(source(20), tmp_path, dataclasses.replace(SMALL, chroma="4:4:4"))
-    assert write_shards(source(20), tmp_path, SMALL).written == 20
-
-
-def test_two_writers_of_one_folder_are_refused(tmp_path: Path) -> None:
+def test_two_writers_of_one_folder_are_an_error(tmp_path: Path) -> None:
     def nested():
         with pytest.raises(StorageError, match="another run is writing"):
             write_shards(source(2), tmp_path, SMALL)
@@ -398,25 +394,25 @@ def test_two_writers_of_one_folder_are_refused(tmp_path: Path) -> None:
     [("size", 8), ("size", 448.0), ("quality", 0), ("quality", 101), ("samples_per_shard", 0), ("seed", -1)],
 )
 def test_settings_are_checked(field: str, value: object) -> None:
-    with pytest.raises(SettingsError, match=rf"shards\.{field} is {value!r}: set it to a whole number from"):
+    with pytest.raises(SettingsError, match=rf"shards\.{field} is {value!r}"):
         ShardSettings(**{field: value})  # pyright: ignore[reportArgumentType]
 
 
-def test_resize_choice_is_checked() -> None:
-    with pytest.raises(SettingsError, match="'crop': set it to squash, shorter_side or original"):
+def test_resize_is_checked() -> None:
+    with pytest.raises(SettingsError, match="'crop'"):
         ShardSettings(resize="crop")  # pyright: ignore[reportArgumentType]
 
 
-def test_an_iterator_needs_a_count(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="give expected_count"):
+def test_iterator_needs_a_count(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="expected_count"):
         write_shards(iter(source(2)), tmp_path, SMALL)
 
 
-def test_progress_is_told(tmp_path: Path) -> None:
-    told = []
-    write_shards(source(20), tmp_path, SMALL, progress=lambda *what: told.append(what))
-    assert ("images", 20, 20) in told
-    assert told[-1] == ("shards", 2, 2)
+def test_progress_is_reported(tmp_path: Path) -> None:
+    reports = []
+    write_shards(source(20), tmp_path, SMALL, progress=lambda *report: reports.append(report))
+    assert ("images", 20, 20) in reports
+    assert reports[-1] == ("shards", 2, 2)
 
 
 WRITER = textwrap.dedent(
@@ -439,12 +435,12 @@ def start_writer(out: Path, count: int, before: str = "") -> subprocess.Popen[st
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_the_shards_come_out_the_same(tmp_path: Path) -> None:
+def test_shards_are_the_same_after_kills_at_random_moments(tmp_path: Path) -> None:
     count, rng, kills = 300, random.Random(7), 0
     whole = start_writer(tmp_path / "whole", count)
     digest = whole.communicate(timeout=120)[0].split()[-1]
     for round_ in range(4):
-        out = tmp_path / f"cut{round_}"
+        out = tmp_path / f"killed{round_}"
         output = ""
         for attempt in range(12):
             writer = start_writer(out, count)
@@ -470,29 +466,29 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from paml.shards import ShardSettings, write_parts
-from paml.shards.tasks import LocalTasks
-from tests.helpers.parts import drawn_parts
+from paml.sources.parts import Part, read_parts
+from paml.tasks import LocalTaskRunner
+from tests.helpers.parts import generated_parts
 from tests.shards.images import encoded
 from PIL import Image
 
-class Same:
-    name, images, bytes = "one photo under many keys", 1500, None
-    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
-    photo = encoded(Image.fromarray(noise), quality=95)
-    def __iter__(self):
-        return ((f"{i:016x}", self.photo) for i in range(self.images))
+noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+photo = encoded(Image.fromarray(noise), quality=95)
+
+def read():
+    return ((f"{i:016x}", photo) for i in range(1500))
 
 settings = ShardSettings(resize="original", samples_per_shard=20)
-options = {"tasks": LocalTasks(2), "piece_bytes": 4 << 20, "group_bytes": 4 << 20}
-write_parts(drawn_parts(40, 2), sys.argv[1] + "/warm", settings, **options)
+options = {"tasks": LocalTaskRunner(2), "spill_bytes": 4 << 20, "group_bytes": 4 << 20}
+write_parts(generated_parts(40, 2), sys.argv[1] + "/warm", settings, **options)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-report = write_parts([Same()], sys.argv[1] + "/large", settings, **options)
+report = write_parts([Part("one photo with many keys", read, 1500)], sys.argv[1] + "/large", settings, **options)
 print(report.bytes >> 20, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_pieces_and_groups_not_of_the_source(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", LARGE, str(tmp_path)], capture_output=True, text=True, cwd=root, timeout=250
@@ -503,13 +499,13 @@ def test_memory_is_that_of_pieces_and_groups_not_of_the_source(tmp_path: Path) -
     assert grown < 60
 
 
-def test_a_file_size_limit_gives_a_clear_error(tmp_path: Path) -> None:
+def test_file_size_limit_gives_a_clear_error(tmp_path: Path) -> None:
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({10 << 10}, {resource.RLIM_INFINITY}))\n"
     writer = start_writer(tmp_path / "out", 100, limit)
     errors = writer.communicate(timeout=120)[1]
     assert writer.returncode == 1
     last = errors.strip().splitlines()[-1]
-    assert last.startswith("paml.storage.StorageError")
+    assert last.startswith("paml.errors.StorageError")
     assert str(tmp_path / "out") in last
     assert "choose another folder" in last
     again = start_writer(tmp_path / "out", 100)
@@ -517,7 +513,7 @@ def test_a_file_size_limit_gives_a_clear_error(tmp_path: Path) -> None:
     assert again.communicate(timeout=120)[0].split()[-1] == whole.digest
 
 
-def test_a_full_disk_gives_a_clear_error_and_goes_on_once_there_is_space(tmp_path: Path) -> None:
+def test_full_disk_gives_a_clear_error_and_the_run_continues_when_there_is_space(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
@@ -525,7 +521,7 @@ def test_a_full_disk_gives_a_clear_error_and_goes_on_once_there_is_space(tmp_pat
         pytest.skip("needs the right to mount a tmpfs")
     try:
         images = source(450)
-        with pytest.raises(StorageError, match=r"cannot write .*(No space left|disk is full)"):
+        with pytest.raises(StorageError, match="disk is full"):
             write_shards(images, disk / "out", SMALL)
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         digest = write_shards(images, disk / "out", SMALL).digest
@@ -534,7 +530,7 @@ def test_a_full_disk_gives_a_clear_error_and_goes_on_once_there_is_space(tmp_pat
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_an_unwritable_folder_gives_a_clear_error(tmp_path: Path) -> None:
+def test_unwritable_folder_gives_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file/out.* is not writable: .*not a folder"):
         write_shards(source(2), tmp_path / "file" / "out", SMALL)
@@ -544,16 +540,16 @@ def test_an_unwritable_folder_gives_a_clear_error(tmp_path: Path) -> None:
             write_shards(source(2), tmp_path / "locked", SMALL)
 
 
-def test_a_million_expected_images_cost_no_time_before_the_first(tmp_path: Path) -> None:
-    started = time.monotonic()
-    with pytest.raises(Cut):
-        write_shards(cut_after(source(3), 3), tmp_path, ShardSettings(size=32), expected_count=9_000_000)
-    assert time.monotonic() - started < 5
-    (piece,) = (tmp_path / ".partial").glob("*.piece")
-    assert read_piece(str(piece)).end == 3
+def test_number_of_expected_images_costs_no_time(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(Interrupted):
+        write_shards(interrupted_after(source(3), 3), tmp_path, ShardSettings(size=32), expected_count=9_000_000)
+    assert time.monotonic() - start < 30
+    (spill,) = (tmp_path / ".partial").glob("*.spill")
+    assert read_spill(str(spill)).end == 3
 
 
-def test_neither_torch_nor_webdataset_is_needed_to_read() -> None:
+def test_shards_import_neither_torch_nor_webdataset() -> None:
     code = "import sys, paml.shards, paml.sources.tars; print({'torch', 'webdataset', 'ray'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

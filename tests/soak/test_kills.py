@@ -1,4 +1,4 @@
-"""Ten kills of workers, driver and whole Ray at random moments: the weights end bit for bit the same."""
+"""Ten kills of workers, driver or all of Ray at random moments: the final weights are bit-identical."""
 
 import statistics
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.jobs import prepare_scenes, write_scenes
-from tests.helpers.kills import Kill, OwnRay, differing, killed, unbroken
+from tests.helpers.kills import Kill, OwnRay, differing, killed, uninterrupted
 
 
 def report(kills: list[Kill]) -> str:
-    """The kills by kind, and seconds until training was further than before."""
+    """The kills by kind, with the seconds until training was further than before."""
     lines = [f"{'kill of':<8} {'workers':>7} {'kills':>5} {'median s':>9} {'worst s':>8}"]
     for kind in ("worker", "driver", "ray"):
         for workers in sorted({each.workers for each in kills}):
@@ -32,16 +32,16 @@ KINDS = {
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("workers", sorted(KINDS))
-def test_five_kills_leave_the_same_bits(tmp_path: Path, workers: int):
+def test_five_kills_leave_bit_identical_weights(tmp_path: Path, workers: int):
     data = prepare_scenes(write_scenes(tmp_path / "scenes"), tmp_path / "data")
-    whole, ray = unbroken(data, tmp_path / "runs", workers), OwnRay()
+    expected, ray = uninterrupted(data, tmp_path / "runs", workers), OwnRay()
     ray.start()
     try:
-        broken, kills = killed(data, tmp_path / "runs", workers, ray, KINDS[workers], seed=workers)
+        tensors, kills = killed(data, tmp_path / "runs", workers, ray, KINDS[workers], seed=workers)
     finally:
         ray.stop()
-    wrong = differing(whole, broken)
-    print(f"\n{report(kills)}\n{len(whole)} tensors, {len(wrong)} differ")
+    differing_names = differing(expected, tensors)
+    print(f"\n{report(kills)}\n{len(expected)} tensors, {len(differing_names)} differ")
     assert len(kills) == 5
-    assert whole["progress/overlay"].numel() > 0
-    assert wrong == []
+    assert expected["progress/overlay"].numel() > 0
+    assert differing_names == []

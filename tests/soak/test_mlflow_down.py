@@ -1,4 +1,4 @@
-"""Seconds an epoch takes while the MLflow server answers, while it is down, and where nothing follows the run."""
+"""Duration of an epoch while the MLflow server answers, while it is down, and without a tracker."""
 
 import itertools
 import socket
@@ -10,52 +10,52 @@ from pathlib import Path
 
 import pytest
 
-from paml.tracking import read_journal
+from paml.runs.journal import read_journal
 from tests.helpers.jobs import environment, prepare_scenes, tiny_options, train_job, write_scenes
 from tests.tracking.conftest import MlflowServer
 
-PHASES, EPOCHS = 8, 5  # the server answers and is down by turns, so many epochs each time
+PHASES, EPOCHS = 8, 5  # the server alternates between up and down, for so many epochs each
 
 
-class Door:
-    """A port before the server's that can be shut: connections are then refused, as where the server is dead."""
+class Gate:
+    """A port in front of the server that can refuse connections, as if the server were dead."""
 
     def __init__(self, port: int) -> None:
-        self._behind = port
+        self._server_port = port
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self._listener: socket.socket | None = None
-        self._open: list[socket.socket] = []
+        self._connections: list[socket.socket] = []
 
     def open(self) -> None:
-        """Let connections through from now on."""
+        """Accept connections."""
         listener = socket.create_server(("127.0.0.1", self.port))
         self._listener = listener
         threading.Thread(target=self._listen, args=(listener,), daemon=True).start()
 
-    def shut(self) -> None:
-        """Refuse new connections and cut those that stand."""
+    def close(self) -> None:
+        """Refuse new connections and close existing ones."""
         listener, self._listener = self._listener, None
         if listener is None:
             return
         with suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
         listener.close()
-        for each in self._open:
+        for each in self._connections:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
-        self._open.clear()
+        self._connections.clear()
 
     def _listen(self, listener: socket.socket) -> None:
         while True:
             try:
                 near, _ = listener.accept()
-                far = socket.create_connection(("127.0.0.1", self._behind))
+                far = socket.create_connection(("127.0.0.1", self._server_port))
             except OSError:
                 return
-            self._open += [near, far]
+            self._connections += [near, far]
             for pair in ((near, far), (far, near)):
                 threading.Thread(target=self._pump, args=pair, daemon=True).start()
 
@@ -70,14 +70,14 @@ class Door:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[MlflowServer]:
-    found = MlflowServer(tmp_path)
-    found.start()
-    yield found
-    found.kill()
+    running = MlflowServer(tmp_path)
+    running.start()
+    yield running
+    running.kill()
 
 
 def epoch_ends(run: Path) -> list[float]:
-    """When each epoch's figures were written, seconds."""
+    """Times at which the metrics of each epoch were written, in seconds."""
     events = [event for event in read_journal(str(run)) if event.kind == "metric" and event.key == "train/loss"]
     return [event.time_ms / 1e3 for event in sorted(events, key=lambda event: event.step)]
 
@@ -86,36 +86,36 @@ def epoch_ends(run: Path) -> list[float]:
 @pytest.mark.timeout(1200)
 def test_epochs_take_no_longer_while_the_server_is_down(server: MlflowServer, tmp_path: Path):
     data = prepare_scenes(write_scenes(tmp_path / "scenes"), tmp_path / "data")
-    runs, door = tmp_path / "runs", Door(server.port)
-    env = environment(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{door.port}")
-    seconds: dict[str, list[float]] = {"answers": [], "is down": [], "is not there": []}
+    runs, gate = tmp_path / "runs", Gate(server.port)
+    env = environment(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{gate.port}")
+    seconds: dict[str, list[float]] = {"answers": [], "is down": [], "is not used": []}
     alone = {"epochs": PHASES * EPOCHS // 4 + 1}
 
     def run_alone(name: str) -> None:
         assert train_job(tiny_options(data, runs, name, **alone), tmp_path / f"{name}.log").wait() == 0
-        seconds["is not there"] += [b - a for a, b in itertools.pairwise(epoch_ends(runs / name))]
+        seconds["is not used"] += [b - a for a, b in itertools.pairwise(epoch_ends(runs / name))]
 
     run_alone("before")
-    door.open()
-    options = tiny_options(data, runs, "followed", run__mlflow="true", epochs=PHASES * EPOCHS + 1)
+    gate.open()
+    options = tiny_options(data, runs, "tracked", run__trackers='["mlflow"]', epochs=PHASES * EPOCHS + 1)
     job = train_job(options, tmp_path / "job.log", env=env)
     shut = False
     for phase in range(PHASES):
-        job.until(lambda phase=phase: len(epoch_ends(runs / "followed")) > phase * EPOCHS, f"phase {phase}")
+        job.until(lambda phase=phase: len(epoch_ends(runs / "tracked")) > phase * EPOCHS, f"phase {phase}")
         if shut != bool(phase % 2):
             shut = not shut
-            (door.shut if shut else door.open)()
+            (gate.close if shut else gate.open)()
     assert job.wait() == 0, job.output
-    door.shut()
+    gate.close()
     run_alone("after")
-    ends = epoch_ends(runs / "followed")
-    for place, (a, b) in enumerate(itertools.pairwise(ends)):
-        if place % EPOCHS:  # the epoch in which the door moves belongs to neither
-            seconds["is down" if place // EPOCHS % 2 else "answers"].append(b - a)
+    ends = epoch_ends(runs / "tracked")
+    for epoch, (a, b) in enumerate(itertools.pairwise(ends)):
+        if epoch % EPOCHS:  # the epoch in which the gate changes counts for neither
+            seconds["is down" if epoch // EPOCHS % 2 else "answers"].append(b - a)
 
-    median = {name: statistics.median(found) for name, found in seconds.items()}
-    for name, found in seconds.items():
-        print(f"the server {name:<12} {len(found):>3} epochs, median {median[name]:.3f} s, worst {max(found):.3f} s")
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, values in seconds.items():
+        print(f"the server {name:<12} {len(values):>3} epochs, median {median[name]:.3f} s, worst {max(values):.3f} s")
     print(f"down / answers {median['is down'] / median['answers']:.3f}", end=", ")
-    print(f"down / not there {median['is down'] / median['is not there']:.3f}")
+    print(f"down / not used {median['is down'] / median['is not used']:.3f}")
     assert median["is down"] <= 1.05 * median["answers"]

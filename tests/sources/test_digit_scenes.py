@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from paml.errors import SettingsError
 from paml.sources import digit_scenes
-from paml.sources.digit_scenes import DigitScenesError, write_digit_scenes
+from paml.sources.digit_scenes import write_digit_scenes
 
 IMAGES = {"train": 60, "validation": 20, "test": 25}
 
@@ -38,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_classes_are_many_named_and_distinct(scenes: Path):
+def test_classes(scenes: Path):
     mids = (scenes / "2017_11/classes-trainable.txt").read_text().split()
     with (scenes / "2017_11/class-descriptions.csv").open(newline="") as file:
         described = dict(csv.reader(file))
@@ -49,7 +50,7 @@ def test_classes_are_many_named_and_distinct(scenes: Path):
 
 
 @pytest.mark.parametrize("split", IMAGES)
-def test_full_labels_boxes_and_pictures_agree(scenes: Path, split: str):
+def test_full_labels_boxes_and_images_agree(scenes: Path, split: str):
     truth = states(scenes / "full-labels" / split / "annotations-human.csv")
     files = sorted((scenes / "images" / split).iterdir())
     keys = {file.stem for file in files}
@@ -69,11 +70,11 @@ def test_full_labels_boxes_and_pictures_agree(scenes: Path, split: str):
     assert set(digits.values()) <= {1, 2, 3, 4, 5}
     assert set(digits) == keys
     assert 1.8 < sum(digits.values()) / len(keys) < 3.4
-    with Image.open(files[0]) as picture:
-        assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (96, 96))
+    with Image.open(files[0]) as image:
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (96, 96))
 
 
-def test_train_annotations_are_sparse_and_true(scenes: Path):
+def test_train_annotations(scenes: Path):
     truth = states(scenes / "full-labels/train/annotations-human.csv")
     observed = states(scenes / "2017_11/train/annotations-human.csv")
     assert all(truth[pair] == state for pair, state in observed.items())
@@ -87,39 +88,39 @@ def test_train_annotations_are_sparse_and_true(scenes: Path):
         assert (scenes / "2017_11" / name).read_bytes() == (scenes / "full-labels" / name).read_bytes()
 
 
-def test_the_ink_in_a_box_has_the_colour_of_its_class(scenes: Path):
-    colour_of = dict(zip(digit_scenes.MIDS, [colour for _, colour in digit_scenes.CLASSES], strict=True))
-    palette = np.array(list(digit_scenes.COLOURS.values()))
+def test_color_of_the_ink_in_a_box(scenes: Path):
+    color_of = dict(zip(digit_scenes.MIDS, [color for _, color in digit_scenes.CLASSES], strict=True))
+    palette = np.array(list(digit_scenes.COLORS.values()))
     right = []
     for row in rows(scenes / "boxes/test.csv"):
-        with Image.open(scenes / "images/test" / f"{row['ImageID']}.jpg") as picture:
-            edges = [round(float(row[edge]) * picture.width) for edge in ("XMin", "YMin", "XMax", "YMax")]
-            pixels = np.asarray(picture.crop(edges), dtype=float).reshape(-1, 3)
-        distance = np.abs(pixels[:, None] - palette).sum(axis=2)  # [pixels, colours]
+        with Image.open(scenes / "images/test" / f"{row['ImageID']}.jpg") as image:
+            edges = [round(float(row[edge]) * image.width) for edge in ("XMin", "YMin", "XMax", "YMax")]
+            pixels = np.asarray(image.crop(edges), dtype=float).reshape(-1, 3)
+        distance = np.abs(pixels[:, None] - palette).sum(axis=2)  # [pixels, colors]
         nearest = Counter(distance.argmin(axis=1)[distance.min(axis=1) < 90].tolist())
-        right.append(list(digit_scenes.COLOURS)[nearest.most_common(1)[0][0]] == colour_of[row["LabelName"]])
+        right.append(list(digit_scenes.COLORS)[nearest.most_common(1)[0][0]] == color_of[row["LabelName"]])
     assert np.mean(right) > 0.9
 
 
-def test_class_frequencies_have_a_long_tail():
+def test_class_frequencies_are_long_tailed():
     weights = np.sort(digit_scenes._class_weights(0))[::-1]
     assert weights.sum() == pytest.approx(1)
     assert weights[0] > 5 * weights[-1]
 
 
-def test_no_digit_image_serves_two_splits():
+def test_no_digit_image_is_in_two_splits():
     from sklearn.datasets import load_digits
 
     pools = digit_scenes._digits_of_splits()
     by_split = {split: [pixels.tobytes() for pool in parts for pixels in pool] for split, parts in pools.items()}
-    assert sum(map(len, by_split.values())) == np.isin(load_digits().target, digit_scenes.DIGITS).sum()
+    assert sum(map(len, by_split.values())) == np.isin(load_digits(return_X_y=True)[1], digit_scenes.DIGITS).sum()
     assert all(len(pool) >= 20 for parts in pools.values() for pool in parts)
     assert not set(by_split["train"]) & set(by_split["test"])
     assert not set(by_split["train"]) & set(by_split["validation"])
     assert not set(by_split["validation"]) & set(by_split["test"])
 
 
-def test_same_settings_give_the_same_files_and_another_seed_others(scenes: Path, tmp_path: Path):
+def test_files_depend_on_the_seed_only(scenes: Path, tmp_path: Path):
     write_digit_scenes(tmp_path / "again", images=IMAGES, seed=3)
     write_digit_scenes(tmp_path / "other", images=IMAGES, seed=4)
     assert contents(tmp_path / "again") == contents(scenes)
@@ -127,39 +128,39 @@ def test_same_settings_give_the_same_files_and_another_seed_others(scenes: Path,
     assert not keys[0] & keys[1]
 
 
-def test_a_whole_folder_is_kept_and_a_cut_off_one_is_finished(scenes: Path, tmp_path: Path):
+def test_complete_folder_is_unchanged_and_incomplete_one_is_finished(scenes: Path, tmp_path: Path):
     folder = tmp_path / "scenes"
     shutil.copytree(scenes, folder)
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-    kept = write_digit_scenes(folder, images=IMAGES, seed=3)
-    assert kept.kept
+    again = write_digit_scenes(folder, images=IMAGES, seed=3)
+    assert again.already_done
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
-    def cut(done: int, total: int) -> None:
+    def interrupt(done: int, total: int) -> None:
         if done == 40:
             raise KeyboardInterrupt
 
     part = tmp_path / "part"
     with pytest.raises(KeyboardInterrupt):
-        write_digit_scenes(part, images=IMAGES, seed=3, progress=cut)
-    assert not (part / "scenes.json").exists()
+        write_digit_scenes(part, images=IMAGES, seed=3, progress=interrupt)
+    assert not json.loads((part / "scenes.json").read_text())["complete"]
     report = write_digit_scenes(part, images=IMAGES, seed=3)
-    assert not report.kept
+    assert not report.already_done
     assert contents(part) == contents(scenes)
     assert str(report).startswith(f"digit scenes written in {part}: 60 train, 20 validation, 25 test images, 32 ")
 
 
-def test_progress_counts_every_scene(tmp_path: Path):
+def test_progress(tmp_path: Path):
     calls = []
     write_digit_scenes(tmp_path / "s", images={"test": 7}, progress=lambda *call: calls.append(call))
     assert calls == [(done, 7) for done in range(1, 8)]
 
 
-def test_a_folder_with_anything_else_is_refused_and_untouched(scenes: Path, tmp_path: Path):
-    with pytest.raises(DigitScenesError, match="delete that folder or name another one"):
+def test_folder_with_other_content(scenes: Path, tmp_path: Path):
+    with pytest.raises(SettingsError, match="'seed': 3"):
         write_digit_scenes(scenes, images=IMAGES, seed=5)
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(DigitScenesError, match="holds other files"):
+    with pytest.raises(SettingsError, match="other files"):
         write_digit_scenes(tmp_path, images=IMAGES)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
     assert json.loads((scenes / "scenes.json").read_text())["settings"]["seed"] == 3
@@ -168,26 +169,27 @@ def test_a_folder_with_anything_else_is_refused_and_untouched(scenes: Path, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"images": {"dev": 3}}, r"'dev'; allowed are train, validation, test"),
-        ({"images": {"train": 0}}, r"images\['train'\] is 0; give at least 1"),
-        ({"images": {}}, "names no split"),
-        ({"size": 20}, "size is 20 pixels"),
+        ({"images": {"dev": 3}}, r"'dev': 3}; it must be counts of train, validation, test"),
+        ({"images": {"train": 0}}, r"images\['train'\] is 0"),
+        ({"images": {}}, "images is {}"),
+        ({"size": 20}, "size is 20; it must be 32 or more"),
     ],
 )
-def test_settings_that_make_no_scenes_are_refused(tmp_path: Path, arguments: dict, message: str):
-    with pytest.raises(DigitScenesError, match=message):
+def test_invalid_settings(tmp_path: Path, arguments: dict, message: str):
+    with pytest.raises(SettingsError, match=message):
         write_digit_scenes(tmp_path / "s", **arguments)
     assert not (tmp_path / "s").exists()
 
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), size=st.integers(32, 200))
-def test_digits_never_touch_each_other_and_lie_inside(seed: int, size: int):
+def test_digits_are_inside_and_do_not_touch(seed: int, size: int):
     pools = digit_scenes._digits_of_splits()["train"]
-    scene = digit_scenes._draw_scene(np.random.default_rng(seed), pools, digit_scenes._class_weights(0), size, False)
-    assert len(set(scene.classes)) == len(scene.classes) == len(scene.boxes) >= 1
+    weights = digit_scenes._class_weights(0)
+    image, classes, boxes = digit_scenes._draw_scene(np.random.default_rng(seed), pools, weights, size, False)
+    assert len(set(classes)) == len(classes) == len(boxes) >= 1
     ink = np.zeros((size, size), int)
-    for left, right, top, bottom in scene.boxes:
+    for left, right, top, bottom in boxes:
         ink[round(top * size) : round(bottom * size), round(left * size) : round(right * size)] += 1
     assert ink.max() == 1
-    assert scene.picture.size == (size, size)
+    assert image.size == (size, size)

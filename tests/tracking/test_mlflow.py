@@ -1,4 +1,4 @@
-"""Journal and MLflow's view of it, through a real server that dies, hangs and loses replies."""
+"""MLflow mirrors a journal exactly, through a real server that is killed, hangs and loses replies."""
 
 import contextlib
 import functools
@@ -21,8 +21,13 @@ import pytest
 from mlflow import MlflowClient
 
 from paml import storage
-from paml.tracking import Journal, MlflowFollower, SystemSampler, read_journal, replay
-from paml.tracking.__main__ import main
+from paml.cli.actions import sync as sync_command
+from paml.errors import PamlError
+from paml.runs.journal import Journal, read_journal
+from paml.runs.system import SystemSampler
+from paml.tracking import start_trackers, sync
+from paml.tracking.follower import Follower
+from paml.tracking.mlflow_sink import MlflowSink
 
 from .conftest import differences, wait_until
 
@@ -34,7 +39,7 @@ def seconds(call):
 
 
 def follow(run_folder, uri, **options):
-    return MlflowFollower(run_folder, uri, poll_s=0.1, request_timeout_s=2, **options)
+    return Follower(run_folder, MlflowSink(run_folder, uri, timeout_s=2), "mlflow", poll_s=0.1, **options)
 
 
 def open_run(run_folder):
@@ -43,12 +48,12 @@ def open_run(run_folder):
         experiment="exp/one", name="first", tags={"digest": "a" * 64}, note="# A run\n\nof *paml*, [below](paml:charts)"
     )
     journal.settings({"loss": {"name": "ll-r", "reject_rate_step": 1e-4}, "long": "x" * 9000})
-    journal.dataset(name="coco18/train", digest="ab" * 32, source="/somewhere", profile={"images": 5})
+    journal.dataset("coco18/train", digest="ab" * 32, source="/somewhere", context="training", profile={"images": 5})
     return journal
 
 
 def epoch(run_folder, number):
-    values = {"train/loss": 1 / number, "rejection/rejected": 100.0 * number, "val/map": math.nan}
+    values = {"train/loss": 1 / number, "rejection/rejected": 100.0 * number, "val/mAP": math.nan}
     values |= {f"groups/G{group}": number + group / 7 for group in range(1, 6)}
     rank0 = Journal(run_folder, "rank0")
     rank0.metrics(values, number)
@@ -57,7 +62,7 @@ def epoch(run_folder, number):
 
 def end(journal, status="FINISHED"):
     journal.artifact_bytes(b"G1 0.5", "scores/table.txt")
-    journal.metrics({"test/map": math.inf}, 0)
+    journal.metrics({"test/mAP": math.inf}, 0)
     journal.status(status)
 
 
@@ -68,10 +73,10 @@ def write_model(folder):
     return str(folder)
 
 
-def test_a_clean_run_stands_in_mlflow_exactly_once(run_folder, server, tmp_path, capfd):
+def test_a_run_is_in_mlflow_exactly_once(run_folder, server, tmp_path, capfd):
     lines = []
     journal = open_run(run_folder)
-    follower = follow(run_folder, server.uri, say=lines.append)
+    follower = follow(run_folder, server.uri, log=lines.append)
     sampler = SystemSampler(journal, 0.2)
     for number in range(1, 4):
         epoch(run_folder, number)
@@ -83,22 +88,21 @@ def test_a_clean_run_stands_in_mlflow_exactly_once(run_folder, server, tmp_path,
     assert lines == []
     assert capfd.readouterr() == ("", "")
     assert differences(run_folder, server.uri) == []
-    run = MlflowClient(server.uri).get_run(follower.run_id)
+    run = MlflowClient(server.uri).get_run(follower.sink.run_id)
     assert "system/cpu_utilization_percentage" in run.data.metrics
-    assert run.data.tags["paml.cut_params"] == '["long"]'
     assert run.data.params["long"].endswith("[cut: whole in the artifact settings.yaml]")
-    query = f"searchFilter=tags.%60mlflow.parentRunId%60%20%3D%20%27{follower.run_id}%27"
-    query += "&orderByKey=metrics.%60best_val_map%60&orderByAsc=false&compareRunsMode=CHART"
+    query = f"searchFilter=tags.%60mlflow.parentRunId%60%20%3D%20%27{follower.sink.run_id}%27"
+    query += "&orderByKey=metrics.%60best_val_mAP%60&orderByAsc=false&compareRunsMode=CHART"
     charts = f"#/experiments/{run.info.experiment_id}/runs?{query}"
     assert run.data.tags["mlflow.note.content"] == f"# A run\n\nof *paml*, [below]({charts})"
 
 
-def test_nothing_is_lost_when_the_server_is_killed_and_comes_back(run_folder, server):
+def test_nothing_is_lost_when_the_server_is_killed_and_restarted(run_folder, server):
     lines = []
     journal = open_run(run_folder)
-    follower = follow(run_folder, server.uri, say=lines.append)
+    follower = follow(run_folder, server.uri, log=lines.append)
     epoch(run_folder, 1)
-    wait_until(lambda: follower.run_id is not None)
+    wait_until(lambda: follower.sink.run_id)
     server.kill()
     try:
         slowest = 0.0
@@ -114,18 +118,18 @@ def test_nothing_is_lost_when_the_server_is_killed_and_comes_back(run_folder, se
     wait_until(lambda: len(lines) == 2)
     assert follower.close(60) == 0
     assert slowest < 0.5
-    assert "is away (connection" in lines[0]
+    assert "is unreachable (connection" in lines[0]
     assert "is back" in lines[1]
     assert differences(run_folder, server.uri) == []
 
 
-def test_a_server_that_never_was_there_is_refilled_by_replay_twice(run_folder, server, tmp_path, capsys):
+def test_sync_twice_after_the_server_was_down_all_the_time(run_folder, server, tmp_path, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nowhere = f"http://127.0.0.1:{free.getsockname()[1]}"
     lines = []
     journal = open_run(run_folder)
-    follower = follow(run_folder, nowhere, say=lines.append)
+    follower = follow(run_folder, nowhere, log=lines.append)
     for number in range(1, 4):
         epoch(run_folder, number)
     journal.model(write_model(tmp_path / "m"))
@@ -135,26 +139,27 @@ def test_a_server_that_never_was_there_is_refilled_by_replay_twice(run_folder, s
     assert left == len(read_journal(run_folder))
     assert len(lines) == 2
     assert f"{left} events" in lines[1]
-    assert f"python -m paml.tracking {run_folder} --tracking-uri" in lines[1]
+    assert f"paml sync {run_folder} --tracking_uri" in lines[1]
     for _ in range(2):
-        assert main([run_folder, "--tracking-uri", server.uri]) == 0
+        assert sync_command(run_folder, server.uri) == 0
         assert differences(run_folder, server.uri) == []
         assert "FAILED" in capsys.readouterr().out
-    # What was remembered is a short cut only.
+    # mlflow.json is only a cache.
     Path(run_folder, "mlflow.json").unlink()
-    replay(run_folder, server.uri)
+    sync(run_folder, server.uri)
     assert differences(run_folder, server.uri) == []
 
 
 @pytest.mark.slow
-def test_a_second_follower_goes_on_where_a_killed_one_stopped(run_folder, server):
+def test_a_second_follower_continues_after_a_killed_one(run_folder, server):
     journal = open_run(run_folder)
     for step in range(30):
         journal.metric_rows([(f"many/{key}", key + step / 31, step, 10**12 + step) for key in range(400)])
     script = f"""
         import time
-        from paml.tracking import MlflowFollower
-        follower = MlflowFollower({run_folder!r}, {server.uri!r}, poll_s=0.1)
+        from paml.tracking.follower import Follower
+        from paml.tracking.mlflow_sink import MlflowSink
+        follower = Follower({run_folder!r}, MlflowSink({run_folder!r}, {server.uri!r}), "mlflow", poll_s=0.1)
         time.sleep(600)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
@@ -183,11 +188,11 @@ def test_a_second_follower_goes_on_where_a_killed_one_stopped(run_folder, server
 
 
 @pytest.mark.slow
-def test_replies_that_are_lost_double_nothing(run_folder, server, tmp_path):
+def test_lost_replies_duplicate_nothing(run_folder, server, tmp_path):
     with losing_proxy(server.port, seed=5) as (uri, lost):
         lines = []
         journal = open_run(run_folder)
-        follower = follow(run_folder, uri, say=lines.append)
+        follower = follow(run_folder, uri, log=lines.append)
         for number in range(1, 4):
             epoch(run_folder, number)
             time.sleep(0.2)
@@ -201,7 +206,7 @@ def test_replies_that_are_lost_double_nothing(run_folder, server, tmp_path):
 
 @contextlib.contextmanager
 def losing_proxy(port, seed):
-    """Hands every request on, and loses the reply of some: the first to create a run, later a third."""
+    """Forwards every request but drops replies: that of the first runs/create, and a third of the others."""
     draw, lost = random.Random(seed), []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -240,7 +245,7 @@ def losing_proxy(port, seed):
         proxy.server_close()
 
 
-def test_a_hung_server_costs_the_journal_nothing(run_folder):
+def test_a_hanging_server_does_not_slow_the_journal(run_folder):
     with socket.socket() as hung:
         hung.bind(("127.0.0.1", 0))
         hung.listen(50)
@@ -248,7 +253,7 @@ def test_a_hung_server_costs_the_journal_nothing(run_folder):
         journal = open_run(run_folder)
         alone = [seconds(functools.partial(journal.params, {f"warm{index}": 1})) for index in range(50)]
         before = dict(os.environ)
-        follower = follow(run_folder, f"http://127.0.0.1:{hung.getsockname()[1]}", say=lines.append)
+        follower = follow(run_folder, f"http://127.0.0.1:{hung.getsockname()[1]}", log=lines.append)
         times = []
         while not lines:
             times.append(seconds(lambda: journal.metrics({"train/loss": 0.5}, len(times))))
@@ -265,14 +270,14 @@ def test_a_hung_server_costs_the_journal_nothing(run_folder):
     assert dict(os.environ) == before
 
 
-def test_a_resumed_run_goes_on_in_the_same_mlflow_run(run_folder, server):
+def test_a_resumed_run_continues_in_the_same_mlflow_run(run_folder, server):
     client = MlflowClient(server.uri)
     journal = open_run(run_folder)
     follower = follow(run_folder, server.uri)
     epoch(run_folder, 1)
     journal.status("KILLED")
     assert follower.close(60) == 0
-    run_id = follower.run_id
+    run_id = follower.sink.run_id
     assert client.get_run(run_id).info.status == "KILLED"
 
     journal = Journal(run_folder, "driver")
@@ -283,42 +288,41 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(run_folder, server):
     epoch(run_folder, 2)
     end(journal)
     assert follower.close(60) == 0
-    assert follower.run_id == run_id
+    assert follower.sink.run_id == run_id
     assert differences(run_folder, server.uri) == []
 
 
-def test_a_run_whose_driver_was_killed_is_ended_when_told_so(run_folder, server, capsys):
+def test_sync_ends_a_run_whose_driver_was_killed(run_folder, server, capsys):
     open_run(run_folder)
     epoch(run_folder, 1)
     last = max(event.time_ms for event in read_journal(run_folder))
-    assert main([run_folder, "--tracking-uri", server.uri]) == 0
-    assert "say so with --status KILLED" in capsys.readouterr().out
-    assert main([run_folder, "--tracking-uri", server.uri, "--status", "KILLED"]) == 0
+    assert sync_command(run_folder, server.uri) == 0
+    assert "--status KILLED" in capsys.readouterr().out
+    assert sync_command(run_folder, server.uri, status="KILLED") == 0
     assert differences(run_folder, server.uri) == []
     assert read_journal(run_folder)[-1].time_ms == last
-    assert main([run_folder, "--tracking-uri", server.uri, "--status", "FINISHED"]) == 1
-    assert "ends with KILLED" in capsys.readouterr().err
+    with pytest.raises(PamlError, match="KILLED"):
+        sync_command(run_folder, server.uri, status="FINISHED")
 
 
-def test_the_default_is_the_store_that_the_run_was_last_sent_to(tmp_path, monkeypatch, capsys):
+def test_sync_goes_where_the_run_was_sent_last_by_default(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     run_folder = str(tmp_path / "runs" / "one")
     journal = open_run(run_folder)
-    follower = MlflowFollower(run_folder, storage_root=str(tmp_path), poll_s=0.1)
-    assert follower.close(60) == 0
+    assert follow(run_folder, f"sqlite:///{tmp_path}/mlflow.db").close(60) == 0
     end(journal)
-    assert main([run_folder]) == 0
+    assert sync_command(run_folder) == 0
     assert f"sqlite:///{tmp_path}/mlflow.db" in capsys.readouterr().out
     assert differences(run_folder, f"sqlite:///{tmp_path}/mlflow.db") == []
-    assert main([str(tmp_path / "nothing")]) == 1
-    assert "no journal in" in capsys.readouterr().err
+    with pytest.raises(PamlError, match="nothing"):
+        sync_command(str(tmp_path / "nothing"))
     assert sorted(os.listdir(tmp_path)) == ["mlartifacts", "mlflow.db", "mlflow.db.lock", "runs"]
 
 
-def test_what_the_server_refuses_is_named_and_the_rest_is_sent(run_folder, server):
+def test_refused_events_are_named_and_the_others_are_sent(run_folder, server):
     journal = open_run(run_folder)
-    replay(run_folder, server.uri)
+    sync(run_folder, server.uri)
     run_id = (
         MlflowClient(server.uri)
         .search_runs(
@@ -333,26 +337,27 @@ def test_what_the_server_refuses_is_named_and_the_rest_is_sent(run_folder, serve
     # MLflow itself knows this tag and takes no such value.
     journal.tags({"mlflow.runName": "", "fine": "yes"})
     epoch(run_folder, 1)
-    report = replay(run_folder, server.uri)
-    assert any("lost.txt" in line for line in report.refused)
+    report = sync(run_folder, server.uri)
+    assert any("lost.txt" in line for line in report.sink.refused)
     run = MlflowClient(server.uri).get_run(run_id)
     assert run.data.tags["fine"] == "yes"
     assert run.data.metrics["train/loss"] == 1.0
 
 
 @pytest.mark.slow
-def test_the_embedded_store_is_made_once_by_many_processes(tmp_path):
+def test_several_processes_create_one_sqlite_store(tmp_path):
     script = """
         import sys
-        from paml.tracking import Journal, MlflowFollower
+        from paml.runs.journal import Journal
+        from paml.tracking import start_trackers
         root, name = sys.argv[1:]
         journal = Journal(f"{root}/runs/{name}", "driver")
         journal.run(experiment="e", name=name)
         journal.artifact_bytes(b"x", "x.txt")
-        follower = MlflowFollower(f"{root}/runs/{name}", storage_root=root, poll_s=0.1)
+        trackers = start_trackers(["mlflow"], f"{root}/runs/{name}")
         journal.metrics({"a": 1.0}, 1)
         journal.status("FINISHED")
-        sys.exit(follower.close(90))
+        sys.exit(trackers.close(90))
     """
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
     processes = [
@@ -369,11 +374,12 @@ def test_the_embedded_store_is_made_once_by_many_processes(tmp_path):
     assert outputs == [""] * 3
     assert [process.returncode for process in processes] == [0, 0, 0]
     for index in range(3):
-        assert differences(str(tmp_path / "runs" / f"run{index}"), f"sqlite:///{tmp_path}/mlflow.db") == []
-    assert sorted(os.listdir(tmp_path)) == ["mlartifacts", "mlflow.db", "mlflow.db.lock", "runs"]
+        assert differences(str(tmp_path / "runs" / f"run{index}"), f"sqlite:///{tmp_path}/runs/mlflow.db") == []
+    names = ["mlartifacts", "mlflow.db", "mlflow.db.lock", "run0", "run1", "run2"]
+    assert sorted(os.listdir(tmp_path / "runs")) == names
 
 
-def test_a_run_on_s3_is_followed_and_refilled(s3, server, tmp_path):
+def test_a_run_on_s3_is_followed_and_synchronized(s3, server, tmp_path):
     run_folder = f"{s3}/runs/one"
     journal = open_run(run_folder)
     follower = follow(run_folder, server.uri)
@@ -384,14 +390,14 @@ def test_a_run_on_s3_is_followed_and_refilled(s3, server, tmp_path):
     assert follower.close(60) == 0
     assert differences(run_folder, server.uri) == []
     storage.delete(f"{run_folder}/mlflow.json")
-    replay(run_folder, server.uri)
+    sync(run_folder, server.uri)
     assert differences(run_folder, server.uri) == []
 
 
-def test_a_remote_run_without_a_server_says_so_and_goes_on(monkeypatch):
+def test_a_remote_run_without_a_server_is_not_followed(monkeypatch, s3):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     lines = []
-    follower = MlflowFollower("s3://bucket/run", storage_root="s3://bucket", say=lines.append)
-    assert follower.close() == 0
+    trackers = start_trackers(["mlflow"], f"{s3}/run", log=lines.append)
+    assert (trackers.close(), trackers.links()) == (0, [])
     assert len(lines) == 1
-    assert "python -m paml.tracking s3://bucket/run" in lines[0]
+    assert f"paml sync {s3}/run" in lines[0]

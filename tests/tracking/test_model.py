@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from paml.inference.predictor import ModelInfo, open_predictor, write_model_folder
 from paml.metrics.calibration import CalibrationSettings, calibrate
 from paml.models import ModelSettings, build_model
-from paml.predict.predictor import ModelFacts, open_predictor, write_model_folder
-from paml.tracking import Journal, MlflowFollower
-from paml.tracking.model import final_model, save_model
-from tests.helpers.prepared import picture
+from paml.runs.journal import Journal
+from paml.tracking.follower import Follower
+from paml.tracking.mlflow_sink import MlflowSink
+from paml.tracking.model import log_model, save_model
+from tests.helpers.prepared import jpeg_image
 
 from .conftest import differences
 
@@ -36,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     cls, logit = rng.integers(0, 3, 600), rng.normal(size=600)
     made = calibrate(cls, logit, rng.random(600) < 1 / (1 + np.exp(1 - logit)), 3, CalibrationSettings(precision=0.5))
     network = build_model(settings, 3, seed=4)
-    write_model_folder(folder, network, ModelFacts(settings, 2.0, CLASSES, NAMES, 48), made)
+    write_model_folder(folder, network, ModelInfo(settings, 2.0, CLASSES, NAMES, 48), made)
     return folder
 
 
@@ -46,16 +48,16 @@ def test_the_model_is_logged_once_without_a_pickle(run_folder, model, server, ca
 
     journal = Journal(run_folder, "driver")
     journal.run(experiment="models", name="m")
-    final_model(journal, model=model)
+    log_model(journal, model=model)
     journal.status("FINISHED")
     for _ in range(2):
-        follower = MlflowFollower(run_folder, server.uri, poll_s=0.1)
+        follower = Follower(run_folder, MlflowSink(run_folder, server.uri), "mlflow", poll_s=0.1)
         assert follower.close(60) == 0
         assert differences(run_folder, server.uri) == []
     assert capfd.readouterr() == ("", "")
 
     client = mlflow.MlflowClient(server.uri)
-    run = client.get_run(follower.run_id)
+    run = client.get_run(follower.sink.run_id)
     (output,) = run.outputs.model_outputs
     location = client.get_logged_model(output.model_id).artifact_location
     folder = Path(mlflow.artifacts.download_artifacts(location, tracking_uri=server.uri))
@@ -75,12 +77,12 @@ def test_the_model_is_logged_once_without_a_pickle(run_folder, model, server, ca
 
 def expected(model: str, data: bytes, top: int) -> list[dict]:
     predictor = open_predictor(model)
-    found = predictor.top(predictor.predict(predictor.decode(data)[None]).scores_BK[0], top)
-    return [{"class": one.mid, "name": one.name, "score": one.score} for one in found]
+    found = predictor.top_classes(predictor.forward(predictor.decode(data)[None]).scores_BK[0], top)
+    return [{"class": one.class_id, "name": one.name, "score": one.score} for one in found]
 
 
 @pytest.mark.slow
-def test_the_served_model_answers_over_http_as_the_checkpoint_does(model, tmp_path):
+def test_the_served_model_predicts_as_the_checkpoint(model, tmp_path):
     out = tmp_path / "out"
     save_model(str(out), model=model)
     with socket.socket() as probe:
@@ -116,7 +118,7 @@ def test_the_served_model_answers_over_http_as_the_checkpoint_does(model, tmp_pa
                 assert process.poll() is None
                 assert time.monotonic() < end, (tmp_path / "serve.log").read_text()[-3000:]
                 time.sleep(0.2)
-        images = [picture("test", number, 60 + number) for number in range(2)]
+        images = [jpeg_image("test", number, 60 + number) for number in range(2)]
         coded = [base64.b64encode(image).decode() for image in images]
         answers = call({"dataframe_records": [{"image": image} for image in coded], "params": {"top": 2}})
         for answer, image in zip(answers, images, strict=True):
@@ -130,34 +132,36 @@ def test_the_served_model_answers_over_http_as_the_checkpoint_does(model, tmp_pa
         assert [(picture.format, picture.size) for picture in drawn] == [("PNG", (48, 48))] * 3
         assert (np.asarray(drawn[0]) != np.asarray(drawn[2])).any()
         with pytest.raises(urllib.error.HTTPError) as refused:
-            call({"dataframe_records": [{"image": base64.b64encode(b"no picture").decode()}]})
+            call({"dataframe_records": [{"image": base64.b64encode(b"not an image").decode()}]})
         assert refused.value.code == 400
-        assert "image 0 cannot be read as a picture" in refused.value.read().decode()
+        assert "image 0" in refused.value.read().decode()
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def test_the_model_loaded_here_takes_bytes(model, tmp_path):
+def test_the_loaded_model_takes_bytes(model, tmp_path):
     import mlflow
     import pandas
 
-    save_model(str(tmp_path / "out"), model=model, requirements=["torch"])
-    assert (tmp_path / "out" / "requirements.txt").read_text().splitlines()[-1] == "torch"
+    save_model(str(tmp_path / "out"), model=model)
+    requirements = (tmp_path / "out" / "requirements.txt").read_text()
+    assert "torch==" in requirements
+    assert "+" not in requirements
     loaded = mlflow.pyfunc.load_model(str(tmp_path / "out"))
-    image = picture("test", 3, 50)
+    image = jpeg_image("test", 3, 50)
     (answer,) = loaded.predict(pandas.DataFrame({"image": [image]}), params={"top": 3})
     for entry, own in zip(answer, expected(model, image, 3), strict=True):
         assert entry["class"] == own["class"]
         assert entry["score"] == pytest.approx(own["score"], abs=1e-5)
-    with pytest.raises(ValueError, match="top is 0"):
+    with pytest.raises(mlflow.MlflowException, match="top is 0"):
         loaded.predict(pandas.DataFrame({"image": [image]}), params={"top": 0})
 
 
-def test_a_folder_that_is_no_model_is_refused(run_folder, tmp_path):
+def test_a_folder_without_a_model_is_refused(run_folder, tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "weights.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="holds no file MLmodel"):
+    with pytest.raises(ValueError, match="MLmodel"):
         Journal(run_folder, "driver").model(str(tmp_path / "x"))
 
 
@@ -165,5 +169,5 @@ def test_saving_changes_no_setting_of_the_process(model, tmp_path):
     import logging
 
     before = dict(os.environ), logging.getLogger("mlflow").level
-    save_model(str(tmp_path / "out"), model=model, requirements=["torch"])
+    save_model(str(tmp_path / "out"), model=model)
     assert (dict(os.environ), logging.getLogger("mlflow").level) == before

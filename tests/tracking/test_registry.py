@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from paml.errors import DataError
-from paml.tracking import Journal
+from paml.runs.journal import Journal
 from paml.tracking.registry import TestScore, register_model
 
 SCORE = TestScore("images-labels", "one mean", 0.5)
@@ -19,7 +19,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def a_run(folder: Path, content: str = "a") -> str:
-    """A run's journal with a model, whose files MLflow takes as they are."""
+    """A run's journal with a model."""
     journal = Journal(str(folder / "run"), "driver")
     journal.run(experiment="registry", name=folder.name)
     journal.status("FINISHED")
@@ -34,7 +34,7 @@ def add_model(folder: Path, content: str) -> str:
     return str(folder / "run")
 
 
-def test_a_better_model_on_the_same_test_becomes_the_champion(tmp_path: Path, store: str) -> None:
+def test_a_better_model_on_the_same_test_split_becomes_champion(tmp_path: Path, store: str) -> None:
     from mlflow import MlflowClient
 
     first, second, third = (a_run(tmp_path / name) for name in ("first", "second", "third"))
@@ -42,35 +42,37 @@ def test_a_better_model_on_the_same_test_becomes_the_champion(tmp_path: Path, st
     def aliases() -> dict[str, str]:
         return {name: str(v) for name, v in MlflowClient(store).get_registered_model("birds").aliases.items()}
 
-    done = register_model(first, "birds", SCORE, store)
-    assert (done.version, done.champion) == ("1", True)
+    registered = register_model(first, "birds", SCORE, store)
+    assert (registered.version, registered.champion) == ("1", True)
     assert aliases() == {"candidate": "1", "champion": "1"}
-    done = register_model(second, "birds", dataclasses.replace(SCORE, map=0.5), store)  # as good is not better
-    assert (done.version, done.champion) == ("2", False)
-    assert "50.00 % against 50.00 %" in done.why
+    registered = register_model(second, "birds", dataclasses.replace(SCORE, map=0.5), store)
+    assert (registered.version, registered.champion) == ("2", False)
+    assert "50.00 % against 50.00 %" in registered.reason
     assert aliases() == {"candidate": "2", "champion": "1"}
-    done = register_model(third, "birds", dataclasses.replace(SCORE, map=0.51), store)
-    assert (done.version, done.champion) == ("3", True)
+    registered = register_model(third, "birds", dataclasses.replace(SCORE, map=0.51), store)
+    assert (registered.version, registered.champion) == ("3", True)
     assert aliases() == {"candidate": "3", "champion": "3"}
     assert register_model(third, "birds", dataclasses.replace(SCORE, map=0.51), store).version == "3"
     assert len(MlflowClient(store).search_model_versions("name = 'birds'")) == 3
 
 
 @pytest.mark.parametrize(
-    ("changes", "why"),
+    ("changes", "reason"),
     [
-        ({"test": "other"}, "another test"),
+        ({"test": "other"}, "another test split"),
         ({"convention": "another mean"}, "another convention: one mean"),
         ({"map": math.nan}, "nan % against 50.00 %"),
     ],
 )
-def test_what_cannot_be_compared_stays_a_candidate(tmp_path: Path, store: str, changes: dict, why: str) -> None:
+def test_a_model_that_cannot_be_compared_stays_candidate(
+    tmp_path: Path, store: str, changes: dict, reason: str
+) -> None:
     name = f"cats-{next(iter(changes))}"
     assert register_model(a_run(tmp_path / "first"), name, SCORE, store).champion
     score = dataclasses.replace(SCORE, **({"map": 0.9} | changes))
-    done = register_model(a_run(tmp_path / "second"), name, score, store)
-    assert (done.version, done.champion) == ("2", False)
-    assert why in done.why
+    registered = register_model(a_run(tmp_path / "second"), name, score, store)
+    assert (registered.version, registered.champion) == ("2", False)
+    assert reason in registered.reason
 
 
 def test_a_recalibrated_model_is_a_new_version(tmp_path: Path, store: str) -> None:
