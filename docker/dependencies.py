@@ -1,4 +1,4 @@
-"""Print what a pyproject.toml asks for, and what those of the named extras ask for that it has, one a line."""
+"""Print the requirements of a pyproject.toml and of the given extras, one per line."""
 
 import sys
 import tomllib
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def dependencies(pyproject: str, extras: Sequence[str] = ()) -> list[str]:
-    """The requirements of the project itself, then those of `extras`; one that it does not have adds nothing."""
+    """The requirements of the project, then those of `extras`. Unknown extras are ignored."""
     project = tomllib.loads(Path(pyproject).read_text())["project"]
     optional = project.get("optional-dependencies", {})
     return [*project["dependencies"], *(line for extra in extras for line in optional.get(extra, []))]

@@ -1,4 +1,4 @@
-"""End with status 0 where the address answers with a status below 400 and without the word "failure" or "unhealthy"."""
+"""Exit with status 0 if a URL returns a status below 400 and a text without "failure" and "unhealthy"."""
 
 import sys
 import urllib.error
@@ -6,11 +6,11 @@ import urllib.request
 
 
 def is_healthy(url: str, seconds: float = 5.0) -> bool:
-    """One request of this machine's own service, past any proxy."""
+    """Whether the URL responds as healthy; the request bypasses proxies."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=seconds) as answer:
-            text = answer.read(1000).decode(errors="replace").lower()
+        with opener.open(url, timeout=seconds) as response:
+            text = response.read(1000).decode(errors="replace").lower()
     except (urllib.error.URLError, OSError):
         return False
     return "failure" not in text and "unhealthy" not in text

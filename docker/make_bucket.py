@@ -1,18 +1,18 @@
-"""Make the bucket PAML_BUCKET where it is not there, in the store that the AWS_ variables name."""
+"""Create the bucket $PAML_BUCKET, unless it exists, in the store that the AWS_ variables name."""
 
 import os
 import sys
 
 
 def make_bucket(name: str) -> str:
-    """What was done, in words. Raises botocore's ClientError where the store refuses."""
-    from paml import s3
+    """Create the bucket unless it exists, and return a message. Raises botocore's ClientError if the store refuses."""
+    from paml.storage import s3
 
     client = s3.client()
     if name in {bucket["Name"] for bucket in client.list_buckets().get("Buckets", [])}:
-        return f"s3://{name} is there"
+        return f"s3://{name} exists"
     client.create_bucket(Bucket=name)
-    return f"s3://{name} made"
+    return f"created s3://{name}"
 
 
 if __name__ == "__main__":

@@ -1,2 +1,2 @@
--- Logins beside the figures, in a database of their own: both have tables by the same names of migrations.
+-- Logins need a separate database: MLflow's metrics and logins both have a migration table of the same name.
 CREATE DATABASE mlflow_auth;

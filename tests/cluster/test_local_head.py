@@ -1,4 +1,4 @@
-"""The Ray that the demo starts runs code for nobody who has not its token."""
+"""The demo's Ray refuses jobs without its token."""
 
 import urllib.error
 import urllib.request
