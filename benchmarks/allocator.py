@@ -1,9 +1,9 @@
-"""What keeping memory between steps is worth on a CPU: training and scoring with and without, in turn.
+"""The effect of retaining freed memory on a CPU (`paml.training.allocator`), on training and on evaluation.
 
 python benchmarks/allocator.py [--backbone mobilenet_v2] [--size 160] [--output-stride 16] [--batch 32] [--rounds 3]
 
-Each side is a process of its own, since what the C library is told holds until a process ends. Prints images a second,
-page faults a step, and the medians of the paired ratios.
+Each measurement runs in its own process, because the setting cannot be undone. Both variants alternate. Prints images
+per second, page faults per step, and the median ratio of the rounds.
 """
 
 import argparse
@@ -19,40 +19,42 @@ import torch
 
 from paml.models import ModelSettings
 from paml.models.cam import build_model
-from paml.training.allocator import keep_memory
+from paml.training.allocator import retain_freed_memory
 
 STEPS = 4
+VARIANTS = ("retained", "returned")
+"""Freed memory is retained by the process, or returned to the system as glibc does by default."""
 
 
-def rate(step: Callable[[], object], images: int) -> tuple[float, float]:
-    """(images a second, page faults a step), after two steps that are not counted."""
+def measure(step: Callable[[], object], images: int) -> tuple[float, float]:
+    """(images per second, page faults per step), after two warm-up steps."""
     step(), step()
-    faults, started = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+    faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
     for _ in range(STEPS):
         step()
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start
     return STEPS * images / seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / STEPS
 
 
-def one_side(options: argparse.Namespace) -> None:
-    """Measure in this process and print JSON."""
-    if options.side == "kept" and not keep_memory():
-        raise SystemExit("the C library of this machine is not glibc: there is nothing to compare")
+def measure_variant(options: argparse.Namespace) -> None:
+    """Measure one variant in this process and print JSON."""
+    if options.variant == "retained" and not retain_freed_memory():
+        raise SystemExit("this benchmark needs glibc")
     settings = ModelSettings(backbone=options.backbone, weights=None, output_stride=options.output_stride)
     model = build_model(settings, 18)
     images = torch.randn(options.batch, 3, options.size, options.size).contiguous(memory_format=torch.channels_last)
-    optimiser = torch.optim.Adam(model.parameters(), 1e-5)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-5)
 
     def train() -> None:
         model(images, 5.0).sigmoid().mean().backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    training = rate(train, options.batch)
+    training = measure(train, options.batch)
     model.eval()
     with torch.inference_mode():
-        scoring = rate(lambda: model(images), options.batch)
-    print(json.dumps({"training": training, "scoring": scoring}))
+        evaluation = measure(lambda: model(images), options.batch)
+    print(json.dumps({"training": training, "evaluation": evaluation}))
 
 
 def main() -> None:
@@ -62,24 +64,27 @@ def main() -> None:
     parser.add_argument("--output-stride", type=int, default=16)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--side", choices=("kept", "returned"), help=argparse.SUPPRESS)
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.side:
-        one_side(options)
+    if options.variant:
+        measure_variant(options)
         return
-    found: dict[str, list[dict]] = {"kept": [], "returned": []}
+    runs: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
     for _ in range(options.rounds):
-        for side, runs in found.items():
-            command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-            runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    print("| | images/s, memory kept | returned | ratio | page faults a step | returned |\n|---|---|---|---|---|---|")
-    for work in ("training", "scoring"):
-        kept, returned = ([run[work] for run in found[side]] for side in ("kept", "returned"))
-        ratio = statistics.median(a[0] / b[0] for a, b in zip(kept, returned, strict=True))
-        (fast, few), (slow, many) = (
-            [statistics.median(column) for column in zip(*s, strict=True)] for s in (kept, returned)
+        for variant in VARIANTS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+            runs[variant].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    print("| | images/s, memory retained | returned | ratio | page faults per step, retained | returned |")
+    print("|---|---|---|---|---|---|")
+    for work in ("training", "evaluation"):
+        retained, returned = ([run[work] for run in runs[variant]] for variant in VARIANTS)
+        ratio = statistics.median(a[0] / b[0] for a, b in zip(retained, returned, strict=True))
+        (rate, faults), (returned_rate, returned_faults) = (
+            [statistics.median(column) for column in zip(*rows, strict=True)] for rows in (retained, returned)
         )
-        print(f"| {work} | {fast:.1f} | {slow:.1f} | **{ratio:.2f}** | {few:,.0f} | {many:,.0f} |")
+        print(
+            f"| {work} | {rate:.1f} | {returned_rate:.1f} | **{ratio:.2f}** | {faults:,.0f} | {returned_faults:,.0f} |"
+        )
 
 
 if __name__ == "__main__":

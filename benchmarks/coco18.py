@@ -1,24 +1,23 @@
-"""The rows of the paper on the 18-class photos: one recipe, one seed, every row's epoch chosen on validation.
+"""The rows of the paper's main table on COCO-18: five trainings with one seed, scored as seven rows.
 
-python benchmarks/coco18.py --labels single    (or partial; prepare with jobs/recipes/prepare_coco18.yaml first)
+paml prepare --config prepare_coco18
+python benchmarks/coco18.py --labels single    (or partial)
 
-A comparison in this process, without Ray or MLflow: five trainings serve seven rows. One that is there already is
-read, not repeated. jobs/compare.py does the same for any methods and seeds, side by side.
+A comparison in this process, without Ray and trackers. Finished runs are reused. `paml compare` does the same for any
+methods and seeds, in parallel.
 """
 
 import argparse
 import os
 import sys
-from pathlib import Path
 
 import torch
 
 from paml.compare.grid import plan_grid
 from paml.compare.settings import CompareSettings
-from paml.compare.table import result_of
-from paml.distributed.compare_run import run_compare
+from paml.distributed.compare import run_compare
+from paml.runs.folder import read_result
 
-RECIPE = Path(__file__).resolve().parents[1] / "jobs" / "recipes" / "coco18.yaml"
 TABLES = {"single": "labels/train-single.arrow", "partial": "labels/train.arrow"}
 METHODS = {
     "full": {
@@ -38,38 +37,38 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", choices=TABLES, default="single")
     parser.add_argument("--storage", default="runs/coco18")
-    parser.add_argument("--frozen-layers", type=int, help="other than the recipe's; 0 trains end to end")
-    parser.add_argument("--epochs", type=int, help="other than the recipe's")
-    parser.add_argument("--image-size", type=int, help="pixels, other than those of the shards")
-    parser.add_argument("--only", nargs="*", choices=METHODS, help="of the trainings; no gap and no difference then")
+    parser.add_argument("--frozen-layers", type=int, help="default: the recipe's; 0 trains all layers")
+    parser.add_argument("--epochs", type=int, help="default: the recipe's")
+    parser.add_argument("--image-size", type=int, help="pixels; default: the size of the stored images")
+    parser.add_argument("--only", nargs="*", choices=METHODS, help="train only these; the tables then have no gap")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    changed = {
+    changes = {
         "model.frozen_layers": options.frozen_layers,
         "epochs": options.epochs,
         "data.image_size": options.image_size,
     }
-    rows = {"below": None, "above": None, "against": None} if options.only else {}
+    references = {"baseline_row": None, "upper_bound_row": None, "compare_to": None} if options.only else {}
     settings = CompareSettings(
-        base=str(RECIPE),
-        common={"workers.num_workers": 0} | {name: value for name, value in changed.items() if value is not None},
+        base="coco18",
+        common={"workers.num_workers": 0} | {name: value for name, value in changes.items() if value is not None},
         methods={name: METHODS[name] for name in options.only or METHODS},
         labels={options.labels: TABLES[options.labels]},
         storage=options.storage,
         published="coco",
-        mlflow=False,
-        at_once=0,
-        **rows,
+        trackers=[],
+        max_concurrent=0,
+        **references,
     )
     status = run_compare(settings)
-    for each in plan_grid(settings, os.getcwd()).trainings.values():
-        if each.method.startswith("llr") and status == 0:
+    for training in plan_grid(settings, os.getcwd()).trainings.values():
+        if training.method.startswith("llr") and status == 0:
             cells = [
-                f"{f['rejection/rejected']:,.0f} ({f['rejection/precision']:.2f})" if f["rejection/rejected"] else "0"
-                for f in result_of(each).history
+                f"{m['rejection/rejected']:,.0f} ({m['rejection/precision']:.2f})" if m["rejection/rejected"] else "0"
+                for m in read_result(training.folder).history
             ]
-            print(f"{each.method}: rejected by epoch (precision): {', '.join(cells)}")
+            print(f"{training.method}: rejected labels by epoch (precision): {', '.join(cells)}")
     return status
 
 

@@ -1,11 +1,11 @@
-"""Photos of 1024 x 768 to 448 x 448 pixels: paml's decoder beside PIL and the transforms of research code.
+"""Decode photos of 1024 x 768 to 448 x 448 pixels: paml, PIL, and the transforms of research code.
 
-python benchmarks/decode.py [--photos 96] [--rounds 7] [--size 448]      ($PAML_SHARED holds data/coco18)
+Run: python benchmarks/decode.py [--photos 96] [--rounds 7] [--size 448]      ($PAML_SHARED has data/coco18)
 
-Research code opens by PIL, converts, resizes, mirrors, makes a float tensor and normalises it; paml decodes into the
-batch and resizes uint8 there (normalising is left to the device). Each round runs all ways one after the other;
-ratios are medians over the rounds' pairs, by the clock and by processor time. With 2, research code runs in two
-processes and paml in two threads. Pixels are compared with PIL's own decode and antialiased bilinear resize.
+Research code uses PIL, and resizes, mirrors, converts to a float tensor and normalizes. paml decodes and resizes uint8
+into the batch; the device normalizes. Each round runs all of them in turn; ratios are medians over the rounds, in
+wall-clock and CPU time. With 2 workers, research code runs in two processes and paml in two threads. The pixels are
+compared with PIL's decoder and antialiased bilinear resize.
 """
 
 import argparse
@@ -25,16 +25,17 @@ from PIL import Image
 
 from paml.data.decode import decode_into
 from paml.shards.images import prepare_image
+from paml.shards.settings import ShardSettings
 
 
-def processor_seconds() -> float:
-    """Of this process and of its children that have ended."""
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
     own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
 def in_processes(work: Callable[[], None], count: int) -> None:
-    """The same work `count` times at once, in children; here where it is once."""
+    """Run `work` in `count` child processes; in this process if `count` is 1."""
     if count == 1:
         return work()
     children = [multiprocessing.get_context("fork").Process(target=work) for _ in range(count)]
@@ -46,7 +47,7 @@ def in_processes(work: Callable[[], None], count: int) -> None:
 
 
 def in_threads(work: Callable[[], None], count: int) -> None:
-    """The same work `count` times at once, in threads."""
+    """Run `work` in `count` threads."""
     with ThreadPoolExecutor(count) as pool:
         for done in [pool.submit(work) for _ in range(count)]:
             done.result()
@@ -60,63 +61,61 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     size, photos = options.size, mosaics(options.photos)
-    small = [prepare_image(photo, size=size, resize="squash", quality=90, max_pixels=1 << 27).data for photo in photos]
+    small = [prepare_image(photo, ShardSettings(size=size)).data for photo in photos]
     transform = research_transform(size)
 
     def research() -> None:
         for photo in photos:
-            with Image.open(io.BytesIO(photo)) as picture:
-                transform(picture.convert("RGB"))
+            with Image.open(io.BytesIO(photo)) as image:
+                transform(image.convert("RGB"))
 
     def pil() -> None:
         for photo in photos:
-            with Image.open(io.BytesIO(photo)) as picture:
-                np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+            with Image.open(io.BytesIO(photo)) as image:
+                np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
 
-    batches = [np.zeros((len(photos), size, size, 3), np.uint8) for _ in range(2)]  # used again, as the loader does
+    batches = [np.zeros((len(photos), size, size, 3), np.uint8) for _ in range(2)]  # reused, as in the loader
 
-    def ours(pictures: list[bytes]) -> None:
+    def decode_with_paml(images: list[bytes]) -> None:
         batch = batches.pop()
-        for picture, out in zip(pictures, batch, strict=True):
-            decode_into(picture, out)
+        for image, out in zip(images, batch, strict=True):
+            decode_into(image, out)
         batches.append(batch)
 
-    ways: dict[str, Callable[[int], None]] = {
+    methods: dict[str, Callable[[int], None]] = {
         "research code": lambda count: in_processes(research, count),
         "PIL to uint8": lambda count: in_processes(pil, count),
-        "paml": lambda count: in_threads(lambda: ours(photos), count),
-        f"paml, stored at {size} px": lambda count: in_threads(lambda: ours(small), count),
+        "paml": lambda count: in_threads(lambda: decode_with_paml(photos), count),
+        f"paml, stored at {size} px": lambda count: in_threads(lambda: decode_with_paml(small), count),
     }
     for count in (1, 2):
         rounds = []
         for number in range(options.rounds + 1):
-            taken = {}
-            for name, way in ways.items():
-                clock, processor = time.perf_counter(), processor_seconds()
-                way(count)
-                taken[name] = (time.perf_counter() - clock, processor_seconds() - processor)
+            measured = {}
+            for name, method in methods.items():
+                clock, cpu = time.perf_counter(), cpu_seconds()
+                method(count)
+                measured[name] = (time.perf_counter() - clock, cpu_seconds() - cpu)
             if number:
-                rounds.append(taken)
+                rounds.append(measured)
         print(
-            f"\n| {count} processes or threads | images/s | per processor second | times research code, by the clock |"
+            f"\n| {count} processes or threads | images/s | per CPU second | speed-up over research code, wall-clock |"
         )
         print("|---|---|---|---|")
-        for name in ways:
+        for name in methods:
             done = count * len(photos)
-            clock, processor = (done / statistics.median(taken[name][kind] for taken in rounds) for kind in (0, 1))
+            clock, cpu = (done / statistics.median(measured[name][kind] for measured in rounds) for kind in (0, 1))
             by = [statistics.median(t["research code"][kind] / t[name][kind] for t in rounds) for kind in (0, 1)]
-            print(
-                f"| {name} | {clock:,.0f} | {processor:,.0f} | {by[0]:.2f} (processor time {by[1]:.2f}) |", flush=True
-            )
-    most, mean = 0, 0.0
+            print(f"| {name} | {clock:,.0f} | {cpu:,.0f} | {by[0]:.2f} (CPU time {by[1]:.2f}) |", flush=True)
+    largest, mean = 0, 0.0
     out = np.empty((size, size, 3), np.uint8)
     for photo in photos:
-        with Image.open(io.BytesIO(photo)) as picture:
-            wanted = np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR), np.int16)
+        with Image.open(io.BytesIO(photo)) as image:
+            wanted = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR), np.int16)
         decode_into(photo, out)
         difference = np.abs(out - wanted)
-        most, mean = max(most, int(difference.max())), mean + float(difference.mean()) / len(photos)
-    print(f"\nagainst PIL's pixels over {len(photos)} photos: at most {most} grey levels, {mean:.4f} on average")
+        largest, mean = max(largest, int(difference.max())), mean + float(difference.mean()) / len(photos)
+    print(f"\ndifference to PIL over {len(photos)} photos: at most {largest} gray levels, {mean:.4f} on average")
 
 
 if __name__ == "__main__":

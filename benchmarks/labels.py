@@ -1,13 +1,13 @@
-"""Time and memory of building a label table, beside pandas + numpy and DuckDB + numpy doing the same job.
+"""Time and memory of building a label table, compared with pandas + numpy and DuckDB + numpy.
 
     python benchmarks/labels.py [--v3] [--repeats 5] [--rows 3000000 --images 1300000] [--folder FOLDER]
 
-The file is synthetic: images and classes drawn long-tailed, rows in random order, a share of unknown classes,
-duplicates and contradictions; `--v3` takes the figures of Open Images V3 (9,011,219 images, 20,868,755 rows). The three
-sides end in the same arrays: keys, offsets, codes. They run in processes of their own, in turn, the order turned
-each round; what is printed are medians, medians of the ratios of one round, by clock and by processor time (which
-other work on the machine disturbs less), and the peak memory of each process. Ours alone also writes every rejected
-row to a file, hashes its sources and flushes to disk. Then the table's join, look-ups and changes are timed.
+The file is synthetic: long-tailed images and classes, rows in random order, some unknown classes, duplicates and
+contradictions; `--v3` uses the size of Open Images V3 (9,011,219 images, 20,868,755 rows). The three implementations
+make the same arrays: keys, offsets, codes. Each runs in its own process, in alternating order. Prints medians,
+medians of the ratios within a round, in wall-clock and CPU time (less affected by other load), and the peak memory of
+each process. Only paml also writes every rejected row to a file, hashes its sources and flushes to disk.
+Then the table's join, look-ups and edits are timed.
 """
 
 import argparse
@@ -29,17 +29,17 @@ SOURCES = ["verification", "crowdsource-verification"]
 
 
 def write_annotations(path: Path, classes: list[str], num_images: int, num_rows: int, seed: int = 0) -> None:
-    """A shuffled annotation file of `num_rows` rows: 1 % unknown classes, 0.1 % twice, 0.1 % contradicted."""
+    """A shuffled annotation file of `num_rows` rows: 1 % unknown classes, 0.1 % repeated, 0.1 % contradicted."""
     import pyarrow as pa
     import pyarrow.csv as pacsv
 
-    from paml.labels.table import uint64_to_hex
+    from paml.labels.keys import uint64_to_hex
 
     rng = np.random.default_rng(seed)
     keys = uint64_to_hex(rng.integers(0, 2**64 - 1, num_images, np.uint64, endpoint=True))
     known = pa.array([*classes, *(f"/x/unknown{number}" for number in range(100))])
-    num_unknown, num_again, num_against = num_rows // 100, num_rows // 1000, num_rows // 1000
-    num_more = num_rows - num_images - num_unknown - num_again - num_against
+    num_unknown, num_repeated, num_contradicting = num_rows // 100, num_rows // 1000, num_rows // 1000
+    num_more = num_rows - num_images - num_unknown - num_repeated - num_contradicting
     # Every image has a label, some have many; classes follow Zipf's law.
     weights = 1 / np.arange(1, len(classes) + 1) ** 0.9
     first = np.arange(num_images) * len(known) + rng.choice(len(classes), num_images, p=weights / weights.sum())
@@ -50,10 +50,11 @@ def write_annotations(path: Path, classes: list[str], num_images: int, num_rows:
         more = np.setdiff1d(np.concatenate([more, image * len(known) + cls]), first, assume_unique=False)
     image, cls = np.divmod(np.concatenate([first, rng.choice(more, num_more, replace=False)]), len(known))
     state = (rng.random(len(image)) < 0.47).astype(np.int8)
-    unknown, again, against = (rng.integers(0, len(image), n) for n in (num_unknown, num_again, num_against))
-    image = np.concatenate([image, image[unknown], image[again], image[against]])
-    cls = np.concatenate([cls, len(classes) + unknown % 100, cls[again], cls[against]])
-    state = np.concatenate([state, state[unknown], state[again], 1 - state[against]])
+    counts = (num_unknown, num_repeated, num_contradicting)
+    unknown, repeated, contradicting = (rng.integers(0, len(image), n) for n in counts)
+    image = np.concatenate([image, image[unknown], image[repeated], image[contradicting]])
+    cls = np.concatenate([cls, len(classes) + unknown % 100, cls[repeated], cls[contradicting]])
+    state = np.concatenate([state, state[unknown], state[repeated], 1 - state[contradicting]])
     order = rng.permutation(len(image))
     options = pacsv.WriteOptions(include_header=False, quoting_style="none")
     with open(path, "wb") as file:
@@ -78,13 +79,13 @@ def build_with_pandas(annotations: str, classes: str, out: str) -> None:
     frame = pd.read_csv(annotations, usecols=names, dtype=dict.fromkeys(names, str))
     frame["cls"] = frame["LabelName"].map({mid: number for number, mid in enumerate(mids)})
     usable = frame.loc[frame["cls"].notna() & frame["Confidence"].isin(["0", "1"])]
-    found, texts = pd.factorize(usable["ImageID"])
+    image, texts = pd.factorize(usable["ImageID"])
     values = np.frombuffer(bytes.fromhex("".join(texts)), ">u8").astype(np.uint64)
     order = np.argsort(values)
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
     codes = (usable["cls"].to_numpy(np.int64) << 1) | (usable["Confidence"] == "1").to_numpy()
-    save(out, values[order], (rank[found] << 32) | codes)
+    save(out, values[order], (rank[image] << 32) | codes)
 
 
 def build_with_duckdb(annotations: str, classes: str, out: str) -> None:
@@ -98,28 +99,28 @@ def build_with_duckdb(annotations: str, classes: str, out: str) -> None:
         f"FROM read_csv('{classes}', header = false, columns = {{'mid': 'VARCHAR'}})"
     )
     columns = ", ".join(f"'{name}': 'VARCHAR'" for name in ("ImageID", "Source", "LabelName", "Confidence"))
-    found = connection.sql(
+    labels = connection.sql(
         "SELECT ('0x' || ImageID)::UBIGINT AS key, (2 * cls + Confidence::INTEGER)::UINTEGER AS code "
         f"FROM read_csv('{annotations}', header = true, auto_detect = false, quote = '', escape = '', "
         f"columns = {{{columns}}}) JOIN classes ON LabelName = mid WHERE Confidence IN ('0', '1')"
     ).fetchnumpy()
     connection.close()
-    order = np.argsort(found["key"])
-    keys = found["key"][order]
+    order = np.argsort(labels["key"])
+    keys = labels["key"][order]
     starts = np.ones(len(keys), bool)
     starts[1:] = keys[1:] != keys[:-1]
-    save(out, keys[starts], ((np.cumsum(starts) - 1) << 32) | found["code"][order])
+    save(out, keys[starts], ((np.cumsum(starts) - 1) << 32) | labels["code"][order])
 
 
 def save(out: str, keys: np.ndarray, pairs: np.ndarray) -> None:
-    """Settle repeats and contradictions of row << 32 | code (the negative wins) and write the three arrays."""
+    """Resolve repeats and contradictions of row << 32 | code (negative wins) and write the three arrays."""
     pairs.sort()
     first = np.ones(len(pairs), bool)
     first[1:] = (pairs[1:] >> 1) != (pairs[:-1] >> 1)
-    kept = pairs[first]
+    unique = pairs[first]
     offsets = np.zeros(len(keys) + 1, np.int32)
-    np.cumsum(np.bincount(kept >> 32, minlength=len(keys)), out=offsets[1:])
-    np.savez(out, keys=keys, offsets=offsets, codes=(kept & 0xFFFFFFFF).astype(np.uint16))
+    np.cumsum(np.bincount(unique >> 32, minlength=len(keys)), out=offsets[1:])
+    np.savez(out, keys=keys, offsets=offsets, codes=(unique & 0xFFFFFFFF).astype(np.uint16))
 
 
 def build_with_paml(annotations: str, classes: str, out: str) -> None:
@@ -129,14 +130,14 @@ def build_with_paml(annotations: str, classes: str, out: str) -> None:
 
 
 SIDES: dict[str, tuple[Callable[[str, str, str], None], tuple[str, ...]]] = {
-    "paml": (build_with_paml, ("duckdb", "paml.labels")),
+    "paml": (build_with_paml, ("paml.labels",)),
     "duckdb": (build_with_duckdb, ("duckdb",)),
     "pandas": (build_with_pandas, ("pandas",)),
 }
 
 
-def in_a_process(*arguments: str) -> dict[str, float]:
-    """Run one side in its own process: its seconds without imports, by clock and processor, its peak memory in MB."""
+def run_process(*arguments: str) -> dict[str, float]:
+    """Run one implementation in its own process: wall-clock and CPU seconds without imports, peak memory in MB."""
     done = subprocess.run(
         [sys.executable, os.path.abspath(__file__), *arguments],
         check=True,
@@ -148,7 +149,7 @@ def in_a_process(*arguments: str) -> dict[str, float]:
 
 
 def peak_memory_mb() -> float:
-    """Peak memory of this process alone: on Linux ru_maxrss also remembers the parent's size at the fork."""
+    """Peak memory of this process only: on Linux ru_maxrss includes the parent's size at the fork."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -158,18 +159,18 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def run_side(side: str, annotations: str, classes: str, out: str) -> None:
+def run_implementation(side: str, annotations: str, classes: str, out: str) -> None:
     build, modules = SIDES[side]
     for module in modules:
         importlib.import_module(module)
-    start, processor = time.perf_counter(), time.process_time()
+    start, cpu_start = time.perf_counter(), time.process_time()
     build(annotations, classes, out)
-    took = {"clock": time.perf_counter() - start, "processor": time.process_time() - processor}
-    print(json.dumps({**took, "peak_mb": peak_memory_mb()}))
+    seconds = {"clock": time.perf_counter() - start, "cpu": time.process_time() - cpu_start}
+    print(json.dumps({**seconds, "peak_mb": peak_memory_mb()}))
 
 
 def arrays_of(side: str, folder: Path) -> tuple[np.ndarray, ...]:
-    """(keys, offsets, codes) as the side left them."""
+    """(keys, offsets, codes) that the implementation wrote."""
     if side == "paml":
         from paml.labels import LabelTable
 
@@ -178,46 +179,46 @@ def arrays_of(side: str, folder: Path) -> tuple[np.ndarray, ...]:
         triples = table.lookup(rows)
         offsets = np.concatenate([[0], np.cumsum(table.label_counts(rows))])
         return table.key_column().to_numpy(), offsets, 2 * triples.cls + triples.state
-    with np.load(folder / f"{side}.npz") as found:
-        return found["keys"], found["offsets"], found["codes"]
+    with np.load(folder / f"{side}.npz") as arrays:
+        return arrays["keys"], arrays["offsets"], arrays["codes"]
 
 
 def compare(folder: Path, annotations: Path, classes: Path, num_rows: int, repeats: int, sides: list[str]) -> None:
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for repeat in range(repeats):
         for side in sides if repeat % 2 else sides[::-1]:
-            runs[side].append(in_a_process("--side", side, str(annotations), str(classes), str(folder / side)))
+            runs[side].append(run_process("--side", side, str(annotations), str(classes), str(folder / side)))
             print(f"round {repeat + 1}: {side:6} {runs[side][-1]['clock']:7.2f} s", file=sys.stderr)
     ours = arrays_of("paml", folder)
     for side in sides:
-        if not all(np.array_equal(own, other) for own, other in zip(ours, arrays_of(side, folder), strict=True)):
-            raise SystemExit(f"paml and {side} do not agree")
+        if not all(np.array_equal(a, b) for a, b in zip(ours, arrays_of(side, folder), strict=True)):
+            raise SystemExit(f"the arrays of paml and {side} differ")
     megabytes = annotations.stat().st_size / 1e6
     print(
         f"{num_rows:,} rows ({megabytes:,.0f} MB), {len(ours[0]):,} images, {len(ours[2]):,} labels; {repeats} rounds; "
-        "all sides made the same arrays"
+        "all arrays are equal"
     )
-    print("| side | s | M rows/s | processor s | peak MB | paml is faster (by processor) |")
+    print("| implementation | s | M rows/s | CPU s | peak MB | speed-up of paml (CPU time) |")
     print("|---|---|---|---|---|---|")
     for side in sides:
-        clock, processor = ([run[name] for run in runs[side]] for name in ("clock", "processor"))
+        clock, cpu = ([run[name] for run in runs[side]] for name in ("clock", "cpu"))
         ratios = [
-            statistics.median(run[name] / own[name] for run, own in zip(runs[side], runs["paml"], strict=True))
-            for name in ("clock", "processor")
+            statistics.median(run[name] / ours[name] for run, ours in zip(runs[side], runs["paml"], strict=True))
+            for name in ("clock", "cpu")
         ]
         peak = max(run["peak_mb"] for run in runs[side])
         print(
             f"| {side} | {statistics.median(clock):.2f} | {num_rows / statistics.median(clock) / 1e6:.2f} "
-            f"| {statistics.median(processor):.2f} | {peak:,.0f} | {ratios[0]:.2f} ({ratios[1]:.2f}) times |"
+            f"| {statistics.median(cpu):.2f} | {peak:,.0f} | {ratios[0]:.2f} ({ratios[1]:.2f}) times |"
         )
 
 
 def use_table(path: Path) -> None:
-    """The join, the look-ups and the changes of a table."""
+    """Time the join, the look-ups and the edits of a table."""
     from paml.labels import LabelTable
-    from paml.labels.edit import cut, export_csv, keep, merge, split
+    from paml.labels.edit import export_csv, filter_labels, filter_table, merge, split
+    from paml.labels.keys import uint64_to_hex
     from paml.labels.states import POSITIVE
-    from paml.labels.table import uint64_to_hex
 
     start = time.perf_counter()
     table = LabelTable.open(path)
@@ -229,29 +230,31 @@ def use_table(path: Path) -> None:
     rows = table.rows_of(shuffled)
     print(f"join of {len(rows):,} shuffled keys to rows: {time.perf_counter() - start:.2f} s")
     if not (rows == order).all():
-        raise SystemExit("the join found wrong rows")
+        raise SystemExit("the join returned wrong rows")
     times = []
     for batch in rng.integers(0, table.num_images, (2000, 512)):
         start = time.perf_counter()
         table.lookup(batch)
         times.append(time.perf_counter() - start)
     worst = statistics.quantiles(times, n=100)[98]
-    print(f"look-up of 512 random rows: {statistics.median(times) * 1e6:.0f} us, 99 of 100 below {worst * 1e6:.0f} us")
-    out, some = path.parent, list(table.classes[: table.num_classes // 2])
-    changes: dict[str, Callable[[], object]] = {
-        "cut to half of the classes": lambda: cut(table, str(out / "cut.arrow"), classes=some),
-        "keep positives": lambda: keep(table, str(out / "kept.arrow"), lambda labels: labels.state == POSITIVE),
-        "split in 80, 10, 10 %": lambda: split(table, [str(out / f"{n}.arrow") for n in range(3)], [0.8, 0.1, 0.1], 0),
+    print(f"look-up of 512 random rows: {statistics.median(times) * 1e6:.0f} us, 99th percentile {worst * 1e6:.0f} us")
+    out, half = path.parent, list(table.classes[: table.num_classes // 2])
+    edits: dict[str, Callable[[], object]] = {
+        "half of the classes": lambda: filter_table(table, str(out / "half.arrow"), classes=half),
+        "positives": lambda: filter_labels(table, str(out / "p.arrow"), lambda labels: labels.state == POSITIVE),
+        "split into 80, 10, 10 %": lambda: split(
+            table, [str(out / f"{n}.arrow") for n in range(3)], [0.8, 0.1, 0.1], 0
+        ),
         "merge of the three parts": lambda: merge([str(out / f"{n}.arrow") for n in range(3)], str(out / "m.arrow")),
         "to CSV": lambda: export_csv(table, str(out / "back.csv")),
     }
-    for name, change in changes.items():
+    for name, edit in edits.items():
         start = time.perf_counter()
-        change()
+        edit()
         print(f"{name}: {time.perf_counter() - start:.2f} s")
     if LabelTable.open(out / "m.arrow").digest != table.digest:
-        raise SystemExit("the merged parts are not the whole")
-    print(f"peak memory of all this {peak_memory_mb():,.0f} MB")
+        raise SystemExit("the merged parts differ from the table")
+    print(f"peak memory of these steps {peak_memory_mb():,.0f} MB")
 
 
 def main() -> None:
@@ -261,13 +264,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_300_000)
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
-    parser.add_argument("--folder", type=Path, help="where to write; what lies there is used again")
+    parser.add_argument("--folder", type=Path, help="where to write; existing files are reused")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--use", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("files", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        run_side(options.side, *options.files)
+        run_implementation(options.side, *options.files)
         return
     if options.use:
         use_table(options.use)
@@ -284,9 +287,9 @@ def main() -> None:
         sides = [side for side in SIDES if side in {"paml", *options.sides}]
         compare(folder, annotations, classes, num_rows, options.repeats, sides)
         sys.stdout.flush()
-        # In a process of its own, whose peak is that of the table's use.
-        used = [sys.executable, os.path.abspath(__file__), "--use", str(folder / "paml.arrow")]
-        subprocess.run(used, check=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])})
+        # In its own process, to measure its peak memory.
+        command = [sys.executable, os.path.abspath(__file__), "--use", str(folder / "paml.arrow")]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Losses, forward and backward on the CPU, beside a plain form of each; both interleaved in one run.
+"""Losses, forward and backward on the CPU, against a plain implementation of each, interleaved in one run.
 
-    python benchmarks/losses.py [--threads 2] [--rounds 15]           # LL-R beside the form with a float32 `topk`
-    python benchmarks/losses.py --all [--threads 2] [--rounds 15]     # every loss beside its formula in the tests
+    python benchmarks/losses.py [--threads 2] [--rounds 15]           # LL-R against the usual form with `topk`
+    python benchmarks/losses.py --all [--threads 2] [--rounds 15]     # every loss against its formula in the tests
 
 Prints for each shape the median milliseconds of both, and the median of the paired ratios. With --all the plain forms
-of LL-R, LL-Ct and LL-Cp are told what to reject, so that theirs is the time of the cost alone.
+of LL-R, LL-Ct and LL-Cp get the rejected labels as input, so their time is that of the cost alone.
 """
 
 import argparse
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from paml.labels.states import NEGATIVE, POSITIVE, UNOBSERVED
-from paml.losses import LOSSES, LossSettings, partial_label_loss
+from paml.losses import LOSSES, BatchContext, LossSettings, partial_label_loss
 
-SHAPES = ((16, 80, 0.03), (128, 5000, 0.002), (512, 5000, 0.002))
+SHAPES = ((16, 80, 0.03), (64, 80, 0.03), (128, 5000, 0.002), (512, 5000, 0.002))
 
 
 def by_topk(logits_BK: Tensor, state_BK: Tensor, rate: Fraction) -> Tensor:
-    """The usual form: loss of every label, topk among the unobserved, those from the k-th on set to zero, mean."""
+    """The usual form: the loss of every label, topk of the unobserved, those from the k-th on set to zero, mean."""
     cost_BK = torch.nn.functional.binary_cross_entropy_with_logits(
         logits_BK, (state_BK == POSITIVE).float(), reduction="none"
     )
@@ -39,21 +39,9 @@ def by_topk(logits_BK: Tensor, state_BK: Tensor, rate: Fraction) -> Tensor:
 
 
 def by_paml(
-    logits_BK: Tensor, state_BK: Tensor, rate: Fraction, name: str = "ll-r", recalled_BK: Tensor | None = None
+    logits_BK: Tensor, state_BK: Tensor, settings: LossSettings, context: BatchContext, loss_state: Tensor | None = None
 ) -> Tensor:
-    settings = LossSettings(name=name, reject_rate_step=float(rate))
-    B = len(logits_BK)
-    return partial_label_loss(
-        logits_BK,
-        state_BK,
-        settings=settings,
-        epoch=2,
-        epochs=8,
-        divisor=logits_BK.numel(),
-        slots_B=torch.arange(B),
-        batch_size=B,
-        recalled=recalled_BK,
-    ).loss
+    return partial_label_loss(logits_BK, state_BK, settings, context, loss_state=loss_state).loss
 
 
 def seconds(form: Callable[[], Tensor], logits_BK: Tensor, times: int) -> float:
@@ -67,12 +55,12 @@ def seconds(form: Callable[[], Tensor], logits_BK: Tensor, times: int) -> float:
 def compare(
     title: str, plain: Callable[[], Tensor], paml: Callable[[], Tensor], logits_BK: Tensor, rounds: int
 ) -> None:
-    """Print the medians of both, interleaved, after two rounds to warm up."""
+    """Print the medians of both, interleaved, after two warm-up rounds."""
     times = max(1, 100_000 // logits_BK.numel())
     pairs = [[seconds(form, logits_BK, times) * 1e3 for form in (plain, paml)] for _ in range(rounds + 2)][2:]
-    slow, fast = (statistics.median(values) for values in zip(*pairs, strict=True))
+    plain_ms, paml_ms = (statistics.median(values) for values in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
-    print(f"{title}: plain {slow:.3f} ms, paml {fast:.3f} ms, {ratio:.2f} times as fast", flush=True)
+    print(f"{title}: plain {plain_ms:.3f} ms, paml {paml_ms:.3f} ms, {ratio:.2f} times as fast", flush=True)
 
 
 def labels(B: int, K: int, annotated: float) -> tuple[Tensor, Tensor]:
@@ -85,15 +73,18 @@ def labels(B: int, K: int, annotated: float) -> tuple[Tensor, Tensor]:
 
 def every_loss(rounds: int, threads: int) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from tests.losses.reference import FORMULAS, recalled_of
+    from tests.losses.reference import FORMULAS, loss_state_of
 
     rate = Fraction(1, 100)
-    for B, K, annotated in SHAPES[1:]:
+    context = BatchContext(epoch=2, num_epochs=8)
+    for B, K, annotated in SHAPES[2:]:
         for name in LOSSES:
             logits_BK, state_BK = labels(B, K, 1.5 if name == "full" else annotated)
             rejected_BK = (state_BK == UNOBSERVED) & (torch.rand(B, K) < float(rate))
+            settings = LossSettings(name=name, reject_rate_step=float(rate))
+            loss_state = loss_state_of(name, logits_BK, state_BK)
             plain = partial(FORMULAS[name], logits_BK, state_BK, rejected_BK, 2)
-            paml = partial(by_paml, logits_BK, state_BK, rate, name, recalled_of(name, logits_BK, state_BK))
+            paml = partial(by_paml, logits_BK, state_BK, settings, context, loss_state)
             compare(f"({B}, {K}) {name}, {threads} threads", plain, paml, logits_BK, rounds)
 
 
@@ -111,7 +102,9 @@ def main() -> None:
     for B, K, annotated in SHAPES:
         for rate in (Fraction(1, 100), Fraction(5, 100)):
             logits_BK, state_BK = labels(B, K, annotated)
-            plain, paml = (partial(form, logits_BK, state_BK, rate) for form in (by_topk, by_paml))
+            plain = partial(by_topk, logits_BK, state_BK, rate)
+            settings, context = LossSettings(reject_rate_step=float(rate)), BatchContext(epoch=2)
+            paml = partial(by_paml, logits_BK, state_BK, settings, context)
             title = f"({B}, {K}) rate {float(rate):.0%}, {options.threads} threads"
             compare(title, plain, paml, logits_BK, options.rounds)
 

@@ -1,11 +1,11 @@
-"""Average precision over annotated pairs beside the dense per-class loop; both interleaved in one run.
+"""Average precision over annotated pairs against the dense per-class loop, interleaved in one run.
 
     python benchmarks/metrics.py [--rounds 3] [--images 20000] [--classes 5000]
 
 The loop is that of released code (BridgeGap's `compute_aps_openimages`): dense float32 score and label matrices [N, K]
-with -1 for what nobody annotated; each class's column is masked and given to scikit-learn's `average_precision_score`.
-The same loop with plain numpy instead of scikit-learn (which has no ties to mind here) is shown too. Filling the
-matrices is not counted. 0.2 % of the pairs are annotated.
+with -1 for pairs without annotation; each class's column is masked and passed to scikit-learn's
+`average_precision_score`. The same loop with plain numpy instead of scikit-learn (there are no ties here) is timed too.
+Filling the matrices is not timed. 0.2 % of the pairs are annotated.
 """
 
 import argparse
@@ -55,16 +55,16 @@ def main() -> None:
     forms = {"scikit-learn": average_precision_score, "numpy": by_numpy}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
     largest = 0.0
-    ours = average_precision_by_class(cls, score, positive, K)
+    ap = average_precision_by_class(cls, score, positive, K)
     for _ in range(options.rounds):
         for name, form in forms.items():
             start = time.perf_counter()
             dense = by_dense_loop(score_NK, label_NK, form)
             middle = time.perf_counter()
             for _ in range(5):
-                ours = average_precision_by_class(cls, score, positive, K)
+                ap = average_precision_by_class(cls, score, positive, K)
             times[name].append((middle - start, (time.perf_counter() - middle) / 5))
-            largest = max(largest, float(np.nanmax(np.abs(dense - ours))))
+            largest = max(largest, float(np.nanmax(np.abs(dense - ap))))
     tracemalloc.start()
     average_precision_by_class(cls, score, positive, K)
     _, peak = tracemalloc.get_traced_memory()
@@ -77,7 +77,7 @@ def main() -> None:
             f"paml {fast * 1e3:.1f} ms, {ratio:.0f} times as fast"
         )
     print(
-        f"peak memory {peak / 1e6:.0f} MB beside {(score_NK.nbytes + label_NK.nbytes) / 1e6:,.0f} MB of matrices; "
+        f"peak memory {peak / 1e6:.0f} MB against {(score_NK.nbytes + label_NK.nbytes) / 1e6:,.0f} MB of matrices; "
         f"largest difference {largest:.1e}"
     )
 

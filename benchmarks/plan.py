@@ -1,10 +1,10 @@
-"""The plan of an epoch at the size of Open Images, by simulation: what it costs, what a node reads, how it mixes.
+"""Simulate the epoch plan at the size of Open Images: its cost, the reads of a node, and how well it mixes.
 
-    python benchmarks/plan.py [--images 9011219 --shards 10000] [--out benchmarks/plan]
+Run: python benchmarks/plan.py [--images 9011219 --shards 10000] [--out benchmarks/plan]
 
-Prints the tables and writes them to OUT.txt, with a plot OUT.png. No image is made: the plan of `paml.data.plan` is
-drawn for the shards of a data set of that size, whose sizes differ as those of hashed shards do, and followed step by
-step. Seconds and memory are those of one worker process on a manifest and a label table made for it.
+Prints the tables, and writes them to OUT.txt with a plot OUT.png. Needs no images: plans epochs of `paml.data.plan` for
+shards with the sizes of hashed shards, and follows them step by step. Seconds and memory are those of one worker
+process with a generated manifest and label table.
 """
 
 import argparse
@@ -23,33 +23,34 @@ import numpy as np
 
 from paml.data.plan import EpochPlan, Samples, join, plan_epoch, shard_uses, worker_slots
 
-IMAGE_BYTES = 46_000  # of a training picture of 448 px
+IMAGE_BYTES = 46_000  # of a training image of 448 px
 WORKERS_OF_NODE, SLOTS_OF_WORKER = 8, 32
 WINDOWS = (1, 1024, 4096, 16384)
 WORKERS = (8, 64, 1024)
-GROUPS = 100  # of neighbouring shards, as of shards that somebody filled class by class
+GROUPS = 100  # groups of neighboring shards, as of shards sorted by class
+CACHE_SIZES = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 def samples_of(num_images: int, num_shards: int) -> Samples:
-    """Images of a manifest whose shards were drawn by a hash of the key."""
+    """Images assigned to shards by a hash of the key."""
     sizes = np.random.default_rng(0).multinomial(num_images, np.full(num_shards, 1 / num_shards))
     shard = np.repeat(np.arange(num_shards, dtype=np.int32), sizes)
     return Samples(index=np.arange(num_images), row=np.arange(num_images), shard=shard)
 
 
 def node_slots(batch_size: int, node: int, workers: int) -> tuple[int, int]:
-    """The slots of all workers of a node: neighbours."""
+    """The consecutive slots of all workers of a node."""
     first = worker_slots(batch_size, node * WORKERS_OF_NODE, workers)
     return first[0], worker_slots(batch_size, (node + 1) * WORKERS_OF_NODE - 1, workers)[1]
 
 
 def sequence(samples: Samples, plan: EpochPlan, slots: tuple[int, int]) -> np.ndarray:
-    """int32: the shards that a node reads from, image after image."""
+    """int32: the shard of each image that a node reads, in order."""
     return np.concatenate([samples.shard[plan.batch(step, slots)[1]] for step in range(plan.steps)])
 
 
 def fetches(shards: np.ndarray, cache_shards: int) -> int:
-    """How often a shard must be fetched with a cache of so many, of which the least recently used goes."""
+    """Number of fetches with an LRU cache of `cache_shards` shards."""
     cache: collections.OrderedDict[int, None] = collections.OrderedDict()
     missed = 0
     for shard in shards.tolist():
@@ -63,72 +64,72 @@ def fetches(shards: np.ndarray, cache_shards: int) -> int:
     return missed
 
 
-def in_play(first: np.ndarray, last: np.ndarray, steps: int) -> int:
-    """The most shards that are needed before and after one step."""
+def max_in_use(first: np.ndarray, last: np.ndarray, steps: int) -> int:
+    """The largest number of shards in use at one step."""
     change = np.bincount(first, minlength=steps + 1) - np.bincount(last + 1, minlength=steps + 1)
     return int(np.cumsum(change).max())
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """What the nodes read in an epoch."""
+class NodeReads:
+    """The reads of the nodes per epoch."""
 
     nodes: int
     window: int
     steps: int
     images: tuple[int, int]
-    """Least and most of a node."""
+    """Minimum and maximum over the nodes."""
     shards: tuple[int, int]
-    """Least and most of a node."""
+    """Minimum and maximum over the nodes."""
     all_shards: int
-    """Of all nodes together."""
-    in_play: int
-    """The most of a node at one step."""
+    """Sum over the nodes."""
+    in_use: int
+    """Largest number of shards of a node at one step."""
     fetched: dict[float, float]
-    """Shards fetched for each shard used (node 0), by cache size in shares of `in_play`."""
+    """Fetches per shard (node 0), by cache size as a fraction of `in_use`."""
 
 
-def reading(samples: Samples, workers: int, window: int, cache_shares: tuple[float, ...]) -> Reading:
+def simulate_reads(samples: Samples, workers: int, window: int) -> NodeReads:
     batch_size, nodes = workers * SLOTS_OF_WORKER, workers // WORKERS_OF_NODE
     plan = plan_epoch(samples, batch_size=batch_size, epoch=1, seed=0, window=window)
-    own = [node_slots(batch_size, node, workers) for node in range(nodes)]
-    uses = [shard_uses(samples, plan, slots) for slots in own]
+    slots = [node_slots(batch_size, node, workers) for node in range(nodes)]
+    uses = [shard_uses(samples, plan, of_node) for of_node in slots]
     lengths = np.bincount(np.arange(len(samples)) % batch_size, minlength=batch_size)
-    images = [int(lengths[lo:hi].sum()) for lo, hi in own]
-    most = max(in_play(first, last, plan.steps) for _, first, last in uses)
-    shards = sequence(samples, plan, own[0])
-    fetched = {share: fetches(shards, max(1, round(share * most))) / len(uses[0][0]) for share in cache_shares}
+    images = [int(lengths[lo:hi].sum()) for lo, hi in slots]
+    in_use = max(max_in_use(first, last, plan.steps) for _, first, last in uses)
+    shards = sequence(samples, plan, slots[0])
+    fetched = {size: fetches(shards, max(1, round(size * in_use))) / len(uses[0][0]) for size in CACHE_SIZES}
     counts = [len(used) for used, _, _ in uses]
-    return Reading(
-        nodes, window, plan.steps, (min(images), max(images)), (min(counts), max(counts)), sum(counts), most, fetched
+    return NodeReads(
+        nodes, window, plan.steps, (min(images), max(images)), (min(counts), max(counts)), sum(counts), in_use, fetched
     )
 
 
-def spread(counts: np.ndarray, shares: np.ndarray) -> float:
-    """Chi-square of the groups' counts over its degrees of freedom: 1 for draws at random, more where they clump."""
-    expected = counts.sum(axis=1, keepdims=True) * shares
-    return float(((counts - expected) ** 2 / expected).sum(axis=1).mean() / (len(shares) - 1))
+def spread(counts: np.ndarray, fractions: np.ndarray) -> float:
+    """Chi-square per degree of freedom of the counts of groups: 1 for random samples, more for clusters."""
+    expected = counts.sum(axis=1, keepdims=True) * fractions
+    return float(((counts - expected) ** 2 / expected).sum(axis=1).mean() / (len(fractions) - 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """How the samples of single batches and of runs of 100 batches are spread."""
+    """How the samples of single batches and of 100 consecutive batches are spread."""
 
     name: str
     shards: float
     """Distinct shards in a batch."""
     batch_groups: float
-    """`spread` of a batch over groups of neighbouring shards."""
+    """`spread` of a batch over groups of neighboring shards."""
     run_groups: float
-    """The same of 100 batches."""
+    """`spread` of 100 batches over these groups."""
     batch_classes: float
-    """`spread` of a batch over classes that lie in all shards alike."""
+    """`spread` of a batch over classes that are in all shards."""
     run_classes: float
-    neighbours: float
-    """Chance of two images of a shard to meet in a batch of an epoch, over that of any two images."""
+    same_shard: float
+    """Probability that two images of a shard are in one batch, relative to any two images."""
 
 
-def mixing(name: str, samples: Samples, order: np.ndarray, batch_size: int) -> Mixing:
+def measure_mixing(name: str, samples: Samples, order: np.ndarray, batch_size: int) -> Mixing:
     plan = EpochPlan(order, batch_size)
     num_shards = int(samples.shard[-1]) + 1
     classes = np.random.default_rng(5).choice(GROUPS, len(samples), p=_zipf(GROUPS)).astype(np.int64)
@@ -142,22 +143,26 @@ def mixing(name: str, samples: Samples, order: np.ndarray, batch_size: int) -> M
         for batch in run:
             of_shard = np.bincount(samples.shard[batch], minlength=num_shards)
             pairs += int((of_shard * (of_shard - 1)).sum())
-        for what, of in (("groups", groups), ("classes", classes)):
-            tables[what][0].append(np.bincount(of[run[0]], minlength=GROUPS))
-            tables[what][1].append(np.bincount(of[np.concatenate(run)], minlength=GROUPS))
-    shares = {
-        what: np.bincount(of, minlength=GROUPS) / len(of) for what, of in (("groups", groups), ("classes", classes))
+        for grouping, group_of in (("groups", groups), ("classes", classes)):
+            tables[grouping][0].append(np.bincount(group_of[run[0]], minlength=GROUPS))
+            tables[grouping][1].append(np.bincount(group_of[np.concatenate(run)], minlength=GROUPS))
+    fractions = {
+        grouping: np.bincount(group_of, minlength=GROUPS) / len(group_of)
+        for grouping, group_of in (("groups", groups), ("classes", classes))
     }
     sizes = np.bincount(samples.shard)
     batches = sum(min(100, plan.steps - 1 - step) for step in steps.tolist())
-    alike = (sizes * (sizes - 1.0)).sum() / (len(samples) * (len(samples) - 1.0))
-    found = {what: [spread(np.array(counts), shares[what]) for counts in tables[what]] for what in tables}
+    random_pairs = (sizes * (sizes - 1.0)).sum() / (len(samples) * (len(samples) - 1.0))
+    spreads = {
+        grouping: [spread(np.array(counts), fractions[grouping]) for counts in table]
+        for grouping, table in tables.items()
+    }
     return Mixing(
         name,
         float(np.mean(distinct)),
-        *found["groups"],
-        *found["classes"],
-        neighbours=pairs / batches / (batch_size * (batch_size - 1)) / alike,
+        *spreads["groups"],
+        *spreads["classes"],
+        same_shard=pairs / batches / (batch_size * (batch_size - 1)) / random_pairs,
     )
 
 
@@ -167,11 +172,12 @@ def _zipf(count: int) -> np.ndarray:
 
 
 def make_data(folder: Path, samples: Samples) -> None:
-    """A manifest and a label table of one label an image, for the start of a worker."""
+    """Write a manifest and a label table with one label per image, for `start_worker`."""
     import pyarrow as pa
 
-    from paml.labels.table import uint64_to_hex, write_table
-    from paml.shards.manifest import ShardInfo, make_batch, write_manifest
+    from paml.labels.keys import uint64_to_hex
+    from paml.labels.table_file import make_contents, write_contents
+    from paml.shards.manifest import SCHEMA, ShardInfo, write_manifest
 
     count = len(samples)
     values = np.unique(np.random.default_rng(1).integers(0, 2**64 - 1, count + count // 1000, np.uint64))
@@ -179,14 +185,17 @@ def make_data(folder: Path, samples: Samples) -> None:
     sizes = np.bincount(samples.shard)
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
     zeros = np.zeros(count, np.int64)
-    batch = make_batch(
-        keys=uint64_to_hex(keys),
-        shard=samples.shard,
-        offset=512 + (np.arange(count) - starts) * (IMAGE_BYTES + 1000),
-        size=zeros + IMAGE_BYTES,
-        crc32=zeros,
-        width=zeros + 448,
-        height=zeros + 448,
+    batch = pa.RecordBatch.from_pydict(
+        {
+            "key": uint64_to_hex(keys),
+            "shard": samples.shard,
+            "offset": 512 + (np.arange(count) - starts) * (IMAGE_BYTES + 1000),
+            "size": zeros + IMAGE_BYTES,
+            "crc32": zeros,
+            "width": zeros + 448,
+            "height": zeros + 448,
+        },
+        schema=SCHEMA,
     )
     infos = [
         ShardInfo(
@@ -199,34 +208,28 @@ def make_data(folder: Path, samples: Samples) -> None:
     ]
     write_manifest(str(folder), batch, infos, settings={}, report={})
     mids = [f"/m/{number}" for number in range(5000)]
-    write_table(
-        str(folder / "labels.arrow"),
-        keys=pa.array(np.sort(keys)),
-        offsets=np.arange(count + 1),
-        codes=(np.arange(count) % 10_000).astype(np.uint16),
-        classes=mids,
-        names=mids,
-        metadata={},
-    )
+    codes = (np.arange(count) % 10_000).astype(np.uint16)
+    contents = make_contents(pa.array(np.sort(keys)), np.arange(count + 1), codes, mids, mids, {})
+    write_contents(str(folder / "labels.arrow"), contents)
 
 
 def memory_mb(name: str) -> float:
-    """VmHWM (peak) or RssAnon (own memory, without mapped files) of this process."""
+    """VmHWM (peak) or RssAnon (without mapped files) of this process."""
     status = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in status if line.startswith(name)).split()[1]) * 1024 / 1e6
 
 
 def start_worker(folder: Path, workers: int) -> dict[str, float]:
-    """Open, join and plan as worker 0 does; seconds by clock and processor, memory, and a batch's microseconds."""
+    """Open, join and plan as worker 0. Returns wall-clock and CPU seconds, memory, and seconds per batch."""
     from paml.labels import LabelTable
     from paml.shards import Manifest
 
-    took: dict[str, float] = {}
+    measured: dict[str, float] = {}
 
     def lap(name: str, work):
-        begun, processor = time.perf_counter(), time.process_time()
+        start, cpu = time.perf_counter(), time.process_time()
         result = work()
-        took[name], took[f"{name} processor"] = time.perf_counter() - begun, time.process_time() - processor
+        measured[name], measured[f"{name} CPU"] = time.perf_counter() - start, time.process_time() - cpu
         return result
 
     manifest, table = lap("open", lambda: (Manifest.open(folder), LabelTable.open(folder / "labels.arrow")))
@@ -234,70 +237,70 @@ def start_worker(folder: Path, workers: int) -> dict[str, float]:
     samples = lap("join", lambda: join(manifest, table))
     batch_size = workers * SLOTS_OF_WORKER
     slots = worker_slots(batch_size, 0, workers)
-    given = {"batch_size": batch_size, "seed": 0, "window": WINDOWS[1]}
-    plan = lap("own streams", lambda: plan_epoch(samples, epoch=1, **given, slots=slots))
-    took["own MB"] = memory_mb("RssAnon") - before
-    took["peak MB"] = memory_mb("VmHWM")
+    common = {"batch_size": batch_size, "seed": 0, "window": WINDOWS[1]}
+    plan = lap("own streams", lambda: plan_epoch(samples, epoch=1, **common, slots=slots))
+    measured["own MB"] = memory_mb("RssAnon") - before
+    measured["peak MB"] = memory_mb("VmHWM")
     steps = range(min(1000, plan.steps))
     lap("batch", lambda: [plan.batch(step, slots) for step in steps])
-    took["batch"] /= len(steps)
-    lap("whole plan", lambda: plan_epoch(samples, epoch=1, **given))
-    return took
+    measured["batch"] /= len(steps)
+    lap("whole plan", lambda: plan_epoch(samples, epoch=1, **common))
+    return measured
 
 
-def start_tables(samples: Samples) -> list[str]:
+def start_table(samples: Samples) -> list[str]:
     lines = [
-        "| workers | open | join | plan of its own streams | plan of all streams | a batch | own memory "
-        "| peak, files included |",
+        "| workers | open | join | plan of its streams | plan of all streams | per batch | memory "
+        "| peak with mapped files |",
         "|---|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory(prefix="paml-plan-") as name:
         make_data(Path(name), samples)
         for workers in WORKERS:
             command = [sys.executable, os.path.abspath(__file__), "--worker", name, str(workers)]
-            took = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            measured = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
             seconds = [
-                f"{took[lap]:.2f} s ({took[f'{lap} processor']:.2f})"
+                f"{measured[lap]:.2f} s ({measured[f'{lap} CPU']:.2f})"
                 for lap in ("open", "join", "own streams", "whole plan")
             ]
             lines.append(
-                f"| {workers:,} | {' | '.join(seconds)} | {took['batch'] * 1e6:.0f} us | {took['own MB']:.0f} MB "
-                f"| {took['peak MB']:.0f} MB |"
+                f"| {workers:,} | {' | '.join(seconds)} | {measured['batch'] * 1e6:.0f} us "
+                f"| {measured['own MB']:.0f} MB | {measured['peak MB']:.0f} MB |"
             )
     return lines
 
 
-def plot(out: str, readings: list[Reading], mixings: list[Mixing], shard_gb: float) -> None:
+def plot(out: str, reads: list[NodeReads], mixings: list[Mixing], shard_gb: float) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    for number, nodes in enumerate(sorted({reading.nodes for reading in readings})):
-        for reading, style in zip([r for r in readings if r.nodes == nodes], ("-.", "-", "--", ":"), strict=True):
-            sizes = [share * reading.in_play * shard_gb for share in reading.fetched]
-            label = f"{nodes} node{'s' * (nodes > 1)}, window {reading.window:,}"
-            left.plot(sizes, list(reading.fetched.values()), style, marker=".", color=f"C{number}", label=label)
+    for number, nodes in enumerate(sorted({r.nodes for r in reads})):
+        for r, style in zip([r for r in reads if r.nodes == nodes], ("-.", "-", "--", ":"), strict=True):
+            sizes = [size * r.in_use * shard_gb for size in r.fetched]
+            label = f"{nodes} node{'s' * (nodes > 1)}, window {r.window:,}"
+            left.plot(sizes, list(r.fetched.values()), style, marker=".", color=f"C{number}", label=label)
     left.set(
         xscale="log",
         yscale="log",
-        xlabel="cache of a node, GB",
-        ylabel="fetches of a shard in an epoch",
-        title="A cache of the shards in play fetches each once",
+        xlabel="cache per node in GB",
+        ylabel="fetches per shard and epoch",
+        title="Fetches by cache size",
     )
     left.legend(fontsize=6, loc="upper right")
     left.set_xlim(right=4000)
     names = [mixing.name for mixing in mixings]
-    places = np.arange(len(names))
-    right.bar(places - 0.2, [mixing.run_groups for mixing in mixings], 0.4, label="shards filled class by class")
-    right.bar(places + 0.2, [mixing.run_classes for mixing in mixings], 0.4, label="shards filled by hash (paml's)")
-    right.axhline(1, color="grey", linewidth=0.8)
-    right.set_xticks(places, names, fontsize=7, rotation=15)
+    x = np.arange(len(names))
+    right.bar(x - 0.2, [mixing.run_groups for mixing in mixings], 0.4, label="shards sorted by class")
+    right.bar(x + 0.2, [mixing.run_classes for mixing in mixings], 0.4, label="shards by hash (paml)")
+    right.axhline(1, color="gray", linewidth=0.8)
+    right.set_xticks(x, names, fontsize=7, rotation=15)
     right.set(
         yscale="log",
-        ylabel="chi-square / degrees of freedom",
-        title="100 batches of 256, by class (1: drawn at random)",
+        ylabel="chi-square per degree of freedom",
+        title="100 batches of 256 by class (1: random)",
     )
     right.legend(fontsize=7)
     figure.tight_layout()
@@ -316,73 +319,75 @@ def main() -> None:
         return
     samples = samples_of(options.images, options.shards)
     shard_gb = IMAGE_BYTES * len(samples) / options.shards / 1e9
+    reads = [simulate_reads(samples, workers, window) for workers in WORKERS for window in WINDOWS]
+    orders = {
+        f"window {window:,}": plan_epoch(samples, batch_size=256, epoch=1, seed=0, window=window).order
+        for window in WINDOWS
+    }
+    orders["full shuffle"] = np.random.default_rng(3).permutation(len(samples))
+    mixings = [measure_mixing(name, samples, order, 256) for name, order in orders.items()]
     lines = [
         f"{len(samples):,} images in {options.shards:,} shards of about {shard_gb * 1e3:.0f} MB; "
-        f"{WORKERS_OF_NODE} workers a node, {SLOTS_OF_WORKER} slots of the global batch a worker",
+        f"{WORKERS_OF_NODE} workers per node, {SLOTS_OF_WORKER} slots of the global batch per worker",
         "",
-        f"Start of worker 0: seconds by clock (of the processor); windows of {WINDOWS[1]:,}",
-        *start_tables(samples),
+        f"Start of worker 0: wall-clock seconds (CPU seconds); windows of {WINDOWS[1]:,}",
+        *start_table(samples),
         "",
-        "What a node reads in an epoch",
-        "| workers | nodes | window | steps | images, least and most | shards, least and most | GB "
-        "| all nodes over the data set | shards in play | cache that fetches each once |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    cache_shares = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-    readings = []
-    for workers in WORKERS:
-        for window in WINDOWS:
-            found = reading(samples, workers, window, cache_shares)
-            readings.append(found)
-            lines.append(
-                f"| {workers:,} | {found.nodes} | {window:,} | {found.steps:,} "
-                f"| {found.images[0]:,} to {found.images[1]:,} "
-                f"| {found.shards[0]:,} to {found.shards[1]:,} | {found.shards[1] * shard_gb:.1f} "
-                f"| {found.all_shards / options.shards:.3f} | {found.in_play:,} | {found.in_play * shard_gb:.1f} GB |"
-            )
-    share = len(samples) / max(r.nodes for r in readings)
-    touched = options.shards * (1 - np.exp(-share / options.shards))
-    lines += [
-        "A shard that is cut between two streams stands at the end of one and the start of the next: it counts as in "
-        "play all the epoch, but may go between.",
-        f"A full shuffle would make each of the {max(r.nodes for r in readings)} nodes touch {touched:,.0f} shards, "
-        f"{touched * shard_gb:,.0f} GB an epoch.",
+        *reads_tables(reads, len(samples), options.shards, shard_gb),
         "",
-        "Fetches of a shard in an epoch (1: each once; in brackets the share of reads that hit), by cache size",
-        "| workers | window | " + " | ".join(f"{share:.0%} of the shards in play" for share in cache_shares) + " |",
-        "|---|---|" + "---|" * len(cache_shares),
-    ]
-    for found in readings:
-        reads = found.images[0] / found.shards[0]
-        cells = [f"{times:.2f} ({1 - times / reads:.1%})" for times in found.fetched.values()]
-        lines.append(f"| {found.nodes * WORKERS_OF_NODE:,} | {found.window:,} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Mixing, global batch of 256: groups are 100 neighbouring shards each, as if filled class by class; classes "
-        "lie in all shards alike",
-        "| order | shards in a batch | groups, a batch | groups, 100 batches | classes, a batch | classes, 100 batches "
-        "| two images of a shard meet |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    mixings = [
-        mixing(
-            f"window {window:,}",
-            samples,
-            plan_epoch(samples, batch_size=256, epoch=1, seed=0, window=window).order,
-            256,
-        )
-        for window in WINDOWS
-    ]
-    mixings.append(mixing("full shuffle", samples, np.random.default_rng(3).permutation(len(samples)), 256))
-    lines += [
-        f"| {m.name} | {m.shards:.1f} | {m.batch_groups:.2f} | {m.run_groups:.2f} | {m.batch_classes:.2f} "
-        f"| {m.run_classes:.2f} | {m.neighbours:.2f} |"
-        for m in mixings
+        *mixing_table(mixings),
     ]
     text = "\n".join(lines) + "\n"
     print(text)
     Path(options.out + ".txt").write_text(text)
-    plot(options.out + ".png", readings, mixings, shard_gb)
+    plot(options.out + ".png", reads, mixings, shard_gb)
+
+
+def reads_tables(reads: list[NodeReads], images: int, shards: int, shard_gb: float) -> list[str]:
+    lines = [
+        "Reads of a node per epoch",
+        "| workers | nodes | window | steps | images, min and max | shards, min and max | GB "
+        "| all nodes / data set | shards in use | cache that fetches each once |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.nodes * WORKERS_OF_NODE:,} | {r.nodes} | {r.window:,} | {r.steps:,} "
+        f"| {r.images[0]:,} to {r.images[1]:,} | {r.shards[0]:,} to {r.shards[1]:,} | {r.shards[1] * shard_gb:.1f} "
+        f"| {r.all_shards / shards:.3f} | {r.in_use:,} | {r.in_use * shard_gb:.1f} GB |"
+        for r in reads
+    ]
+    nodes = max(r.nodes for r in reads)
+    touched = shards * (1 - np.exp(-images / nodes / shards))
+    lines += [
+        "A shard that is split between two streams is at the end of one and the start of the next: it counts as in use "
+        "for the whole epoch.",
+        f"A full shuffle would make each of the {nodes} nodes read {touched:,.0f} shards, "
+        f"{touched * shard_gb:,.0f} GB per epoch.",
+        "",
+        "Fetches per shard and epoch (hit rate in parentheses), by cache size",
+        "| workers | window | " + " | ".join(f"{size:.0%} of the shards in use" for size in CACHE_SIZES) + " |",
+        "|---|---|" + "---|" * len(CACHE_SIZES),
+    ]
+    for r in reads:
+        per_shard = r.images[0] / r.shards[0]
+        cells = [f"{fetches:.2f} ({1 - fetches / per_shard:.1%})" for fetches in r.fetched.values()]
+        lines.append(f"| {r.nodes * WORKERS_OF_NODE:,} | {r.window:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def mixing_table(mixings: list[Mixing]) -> list[str]:
+    return [
+        "Mixing with a global batch of 256: groups are 100 neighboring shards each, as if sorted by class; classes are "
+        "spread over all shards",
+        "| order | shards in a batch | groups, 1 batch | groups, 100 batches | classes, 1 batch | classes, 100 batches "
+        "| two images of a shard in one batch |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {m.name} | {m.shards:.1f} | {m.batch_groups:.2f} | {m.run_groups:.2f} | {m.batch_classes:.2f} "
+            f"| {m.run_classes:.2f} | {m.same_shard:.2f} |"
+            for m in mixings
+        ),
+    ]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What storing pictures at the training size costs in mAP: coco18 at 160 px from two sets of shards, paired seeds.
+"""The mAP cost of storing images at the training size: coco18 at 160 px from two sets of shards, paired seeds.
 
-python benchmarks/shard_size.py [--seeds 3] [--epochs 3] [--train-from features.18] [--out runs/shard-size]
+Run: python benchmarks/shard_size.py [--seeds 3] [--epochs 3] [--train-from features.18] [--out runs/shard-size]
 
-The photos have 320 px. One set of shards holds them resized to 160 px (JPEG of --quality), the other as they are,
-resized by the loader. The network is trained from a late layer on, on cached features. Both trainings of a seed see
-the same batches and flips; full labels, the recipe coco18.yaml else. Prints test mAP of each run's best epoch (by
-validation) and the paired differences: to reach is a mean within 0.3 points. What was prepared or trained already is
-read, not repeated. $PAML_SHARED holds data/coco18.
+The photos have 320 px. One set of shards has them resized to 160 px (JPEG of --quality); the other has the originals,
+which the loader resizes. Trains the layers after --train-from on cached features, with full labels and otherwise the
+recipe coco18. Both runs of a seed have the same batches and flips. Prints the test mAP of each run's best epoch
+(by validation) and the paired differences; the target is a mean within 0.3 points. Existing data and runs are reused.
+$PAML_SHARED contains data/coco18.
 """
 
 import argparse
@@ -21,29 +21,32 @@ import yaml
 
 from paml.losses import LossSettings
 from paml.models import BoostSettings
-from paml.prepare import PrepareSettings, prepare
+from paml.preparation.prepare import PrepareSettings, prepare
+from paml.settings import flatten, unflatten
 from paml.shards import ShardSettings
-from paml.training.loop import Result, Watcher, run_folder_of, train
-from paml.training.settings import TrainSettings, flatten, unflatten
+from paml.training.hooks import RunHooks
+from paml.training.loop import train
+from paml.training.result import Result
+from paml.training.settings import TrainSettings
 from paml.training.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "jobs" / "recipes" / "coco18.yaml"
+RECIPE = ROOT / "paml" / "recipes" / "coco18.yaml"
 SHARDS = {"stored": "squash", "original": "original"}
 
 
-def name_of(way: str, shards: ShardSettings) -> str:
-    """Of the shards made in one of the two ways; what is not the default shows."""
-    if way == "original":
-        return f"{way}-{shards.size}"
+def name_of(kind: str, shards: ShardSettings) -> str:
+    """A name with the settings that differ from the defaults."""
+    if kind == "original":
+        return f"{kind}-{shards.size}"
     quality = f"-q{shards.quality}" if shards.quality != ShardSettings.quality else ""
     chroma = "-" + shards.chroma.replace(":", "") if shards.chroma != ShardSettings.chroma else ""
-    return f"{way}-{shards.size}{quality}{chroma}"
+    return f"{kind}-{shards.size}{quality}{chroma}"
 
 
-def prepared(data: Path, out: Path, way: str, shards: ShardSettings) -> Path:
-    """The photos and their full labels in one of the two ways."""
-    folder = out / f"data-{name_of(way, shards)}"
+def prepare_photos(data: Path, out: Path, kind: str, shards: ShardSettings) -> Path:
+    """Prepare the photos and their full labels, unless the folder exists."""
+    folder = out / f"data-{name_of(kind, shards)}"
     if not (folder / "labels" / "test.arrow").exists():
         prepare(
             PrepareSettings(
@@ -51,19 +54,19 @@ def prepared(data: Path, out: Path, way: str, shards: ShardSettings) -> Path:
                 release=str(data / "2017_11"),
                 images=str(data / "images"),
                 full_labels=str(data / "full-labels"),
-                shards=dataclasses.replace(shards, resize=SHARDS[way]),
+                shards=dataclasses.replace(shards, resize=SHARDS[kind]),
             )
         )
     return folder
 
 
 def result_of(settings: TrainSettings) -> Result:
-    """Train, or read what an earlier call trained."""
-    stored = Path(run_folder_of(settings)) / "result.json"
+    """Train, unless the run is finished."""
+    stored = Path(settings.run.folder) / "result.json"
     if stored.exists():
         return Result.from_json(json.loads(stored.read_text()))
     print(f"\n{settings.run.name}", flush=True)
-    result = train(settings, World(), Watcher(say=lambda line: print(line, flush=True)))
+    result = train(settings, World(), RunHooks(log=lambda line: print(line, flush=True)))
     stored.write_text(json.dumps(result.to_json()))
     return result
 
@@ -73,13 +76,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--size", type=int, default=160)
-    parser.add_argument("--quality", type=int, default=ShardSettings.quality, help="of the stored JPEG files")
-    parser.add_argument("--chroma", default=ShardSettings.chroma, help="of the stored JPEG files: 4:2:0 or 4:4:4")
+    parser.add_argument("--quality", type=int, default=ShardSettings.quality, help="JPEG quality of the stored images")
+    parser.add_argument("--chroma", default=ShardSettings.chroma, help="chroma subsampling: 4:2:0 or 4:4:4")
     parser.add_argument(
-        "--train-from", default="features.18", help="layer of mobilenet_v2; what comes before is cached"
+        "--train-from", default="features.18", help="layer of mobilenet_v2; the features before it are cached"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/shard-size"))
-    parser.add_argument("--data", type=Path, help="default: data/coco18 below $PAML_SHARED")
+    parser.add_argument("--data", type=Path, help="default: data/coco18 in $PAML_SHARED")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -90,17 +93,17 @@ def main() -> None:
         weights = shared / "weights" / Path(base.model.weights).name
         base = dataclasses.replace(base, model=dataclasses.replace(base.model, weights=str(weights)))
     shards = ShardSettings(size=options.size, quality=options.quality, chroma=options.chroma, samples_per_shard=500)
-    found: dict[str, list[float]] = {way: [] for way in SHARDS}
+    scores: dict[str, list[float]] = {kind: [] for kind in SHARDS}
     for seed in range(options.seeds):
-        for way in SHARDS:
-            folder = prepared(data, options.out, way, shards)
+        for kind in SHARDS:
+            folder = prepare_photos(data, options.out, kind, shards)
             settings = dataclasses.replace(
                 base,
                 run=dataclasses.replace(
                     base.run,
                     storage=str(options.out / "runs"),
-                    name=f"{name_of(way, shards)}-{seed}",
-                    mlflow=False,
+                    name=f"{name_of(kind, shards)}-{seed}",
+                    trackers=[],
                 ),
                 data=dataclasses.replace(
                     base.data,
@@ -114,18 +117,16 @@ def main() -> None:
                 epochs=options.epochs,
                 seed=seed,
             )
-            found[way].append(100 * result_of(settings).test["1"].map)
+            scores[kind].append(100 * result_of(settings).test["1"].map)
     print(
         f"\n| seed | stored at {options.size} px | originals, resized by the loader | difference |\n|---|---|---|---|"
     )
-    pairs = list(zip(found["stored"], found["original"], strict=True))
+    pairs = list(zip(scores["stored"], scores["original"], strict=True))
     for seed, (stored, original) in enumerate(pairs):
         print(f"| {seed} | {stored:.2f} | {original:.2f} | {stored - original:+.2f} |")
     differences = [stored - original for stored, original in pairs]
     mean, spread = statistics.mean(differences), statistics.stdev(differences) if len(differences) > 1 else float("nan")
-    print(
-        f"mean difference {mean:+.2f} points of mAP (standard deviation of a pair {spread:.2f}); to reach: within 0.3"
-    )
+    print(f"mean difference {mean:+.2f} points of mAP (standard deviation of a pair {spread:.2f}); target: within 0.3")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""How near the shard writer comes to the bare work of decoding, resizing and encoding, on this machine.
+"""The speed of the shard writer relative to decoding, resizing and encoding alone.
 
 Run: python benchmarks/shards.py [--images 400] [--rounds 5] [--ray]
      PAML_SHARED=../shared python benchmarks/shards.py --s3 [--ray] [--rounds 3]
 
-Interleaved rounds of the same work on the same number of cores: (bare) a thread pool that decodes, resizes and
-encodes images from memory and throws the result away; (folder, tar) `write_parts` from files: pieces, sorting, tar
-files, SHA-256 and manifest included; (ray) the folder by Ray tasks, Ray running already. Prints medians and the
-median of the paired ratios: the bar is 90 % of the bare rate.
+Interleaved rounds on the same number of cores: (bare) a thread pool that decodes, resizes and encodes images in memory
+and discards the result; (folder, tar) `write_parts` from files, with spills, sorting, tar files, SHA-256 and manifest;
+(ray) the folder with Ray tasks, on a running Ray. Prints medians and the median of the paired ratios; the target is
+90 % of the bare rate.
 
---s3: the 9,000 photos of coco18 (320 px), as objects of a bucket, to shards of 160 px in the bucket. The server is
-moto, in a process of its own. Beside the rate: processor time of the bare work / that of all of our processes.
+--s3: the 9,000 photos of coco18 (320 px), as objects of a bucket, to shards of 160 px in the bucket, on a moto server
+in another process. Also compares the CPU time of all processes.
 """
 
 import argparse
@@ -38,14 +38,14 @@ from paml import storage
 from paml.distributed.local_head import free_ports
 from paml.shards import Manifest, ShardReader, ShardSettings, verify_shards, write_parts
 from paml.shards.images import prepare_image
-from paml.shards.tasks import LocalTasks, Tasks
 from paml.sources.folder import folder_parts
 from paml.sources.parts import Part
 from paml.sources.tars import tar_parts
+from paml.tasks import LocalTaskRunner, TaskRunner
 
 
 def photo(seed: int) -> bytes:
-    """A 1024x768 JPEG file of about the size of a photo: smooth shapes with grain."""
+    """A 1024x768 JPEG of about the size of a photo: smooth shapes with noise."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((1024, 768), 3)
     pixels = np.asarray(coarse, np.float32) + rng.normal(0, 9, (768, 1024, 1)).astype(np.float32)
@@ -55,13 +55,13 @@ def photo(seed: int) -> bytes:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    start = time.perf_counter()
     work()
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
-def processor_seconds() -> float:
-    """Of this process and all that it has started, Ray's own among them, living ones only."""
+def cpu_seconds() -> float:
+    """CPU time of this process and its running children, such as those of Ray."""
     total = time.process_time()
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -72,56 +72,54 @@ def processor_seconds() -> float:
 
 
 def both_seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall-clock and processor seconds: the second hardly changes when other jobs share the cores."""
-    started = processor_seconds()
+    """(wall-clock seconds, CPU seconds); the latter depend less on other load."""
+    start = cpu_seconds()
     wall = seconds(work)
-    return wall, processor_seconds() - started
+    return wall, cpu_seconds() - start
 
 
 def bare(images: Sequence[bytes], count: int, size: int, workers: int) -> None:
-    """The work itself."""
+    """Decode, resize and encode only."""
 
     def one(i: int) -> int:
         data = images[i % len(images)]
-        return len(prepare_image(data, size=size, resize="squash", quality=90, max_pixels=1 << 27).data)
+        return len(prepare_image(data, ShardSettings(size=size)).data)
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, range(count)))
 
 
 @contextlib.contextmanager
-def ray_tasks(workers: int) -> Iterator[Tasks]:
-    """Ray with so many CPUs, stopped at the end."""
+def ray_tasks(workers: int) -> Iterator[TaskRunner]:
+    """Ray with this number of CPUs, stopped at the end."""
     os.environ.update({"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"})
     os.environ.pop("RAY_ADDRESS", None)
     import ray
 
-    from paml.distributed.prepare_ray import RayTasks
+    from paml.distributed.ray_tasks import RayTaskRunner
 
     ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        yield RayTasks(cpus_per_task=1)
+        yield RayTaskRunner(cpus_per_task=1)
     finally:
         ray.shutdown()
 
 
-def silent(what: str, done: int, total: int) -> None:
+def silent(unit: str, done: int, total: int) -> None:
     """No progress."""
 
 
 def compare(works: dict[str, Callable[[], None]], images: int, rounds: int, workers: int) -> None:
-    """Print the rate of each and its share of the bare rate."""
+    """Print the rate of each, also as a fraction of the bare rate."""
     for work in works.values():
         work()
-    taken = [{name: both_seconds(work) for name, work in works.items()} for _ in range(rounds)]
+    measured = [{name: both_seconds(work) for name, work in works.items()} for _ in range(rounds)]
     for name in works:
-        rate = images / statistics.median(each[name][0] for each in taken)
-        wall, processor = (
-            statistics.median(each["bare"][kind] / each[name][kind] for each in taken) for kind in (0, 1)
-        )
+        rate = images / statistics.median(each[name][0] for each in measured)
+        wall, cpu = (statistics.median(each["bare"][kind] / each[name][kind] for each in measured) for kind in (0, 1))
         print(
             f"{name:>8}: {rate:7.1f} images/s on {workers} cores; "
-            f"share of the bare rate: {wall:.1%} by the clock, {processor:.1%} by processor time",
+            f"{wall:.1%} of the bare rate in wall-clock time, {cpu:.1%} in CPU time",
             flush=True,
         )
 
@@ -138,9 +136,9 @@ def from_disk(options: argparse.Namespace) -> None:
             for i, name in enumerate(names):
                 (root / "images" / f"{name}.jpg").write_bytes(photos[i % len(photos)])
                 tar.add(root / "images" / f"{name}.jpg", f"{name}.jpg")
-        local = LocalTasks(options.workers)
+        local = LocalTaskRunner(options.workers)
 
-        def write(parts: list[Part], tasks: Tasks) -> None:
+        def write(parts: list[Part], tasks: TaskRunner) -> None:
             out = root / "out"
             shutil.rmtree(out, ignore_errors=True)
             write_parts(parts, out, settings, expected_count=options.images, tasks=tasks, progress=silent)
@@ -160,20 +158,20 @@ def from_disk(options: argparse.Namespace) -> None:
         manifest = Manifest.open(root / "out")
         reader = ShardReader(manifest)
         order = np.random.default_rng(0).permutation(manifest.num_samples)
-        taken = min(seconds(lambda: [reader.read(i) for i in order]) for _ in range(5))
+        elapsed = min(seconds(lambda: [reader.read(i) for i in order]) for _ in range(5))
         bytes_ = int(manifest.size.sum())
-        print(f"    read: {len(order) / taken:7.0f} images/s in random order, {bytes_ / taken / 1e9:.2f} GB/s")
-        taken = min(seconds(lambda: verify_shards(root / "out")) for _ in range(3))
+        print(f"    read: {len(order) / elapsed:7.0f} images/s in random order, {bytes_ / elapsed / 1e9:.2f} GB/s")
+        elapsed = min(seconds(lambda: verify_shards(root / "out")) for _ in range(3))
         total = sum(shard.bytes for shard in manifest.shards)
-        print(f"  verify: {total / taken / 1e9:.2f} GB/s")
+        print(f"  verify: {total / elapsed / 1e9:.2f} GB/s")
         before = sum(map(len, photos)) / len(photos) / 1e3
-        print(f"    size: {bytes_ / manifest.num_samples / 1e3:.1f} KB an image, {before:.0f} KB before")
+        print(f"    size: {bytes_ / manifest.num_samples / 1e3:.1f} KB per image, {before:.0f} KB before")
         print(f"    peak: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB resident")
 
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
-    """A moto server in a process of its own; yields a bucket."""
+    """A moto server in another process; yields a bucket."""
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     os.environ.update(
@@ -210,7 +208,7 @@ def from_s3(options: argparse.Namespace) -> None:
     if options.images:
         files = files[: options.images]
     if not files:
-        sys.exit(f"no photos below {shared}/data/coco18/images: set PAML_SHARED")
+        sys.exit(f"no photos in {shared}/data/coco18/images: set PAML_SHARED")
     photos = [path.read_bytes() for path in files]
     settings = ShardSettings(size=160, samples_per_shard=500)
     with s3_server() as bucket, contextlib.ExitStack() as stack:
@@ -222,14 +220,14 @@ def from_s3(options: argparse.Namespace) -> None:
             )
         print(f"{len(files):,} photos, {sum(map(len, photos)) / 1e6:.0f} MB, in a bucket", flush=True)
 
-        def write(tasks: Tasks) -> None:
+        def write(tasks: TaskRunner) -> None:
             storage.delete_folder(f"{bucket}/out")
             parts = folder_parts(f"{bucket}/images", 1000)
             report = write_parts(parts, f"{bucket}/out", settings, tasks=tasks, progress=silent)
             if report.written != len(files):
                 raise RuntimeError(f"{report} of {len(files)} photos")
 
-        local = LocalTasks(options.workers)
+        local = LocalTaskRunner(options.workers)
         works = {
             "bare": lambda: bare(photos, len(photos), settings.size, options.workers),
             "threads": lambda: write(local),
@@ -246,7 +244,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=448)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--ray", action="store_true", help="also through Ray tasks")
+    parser.add_argument("--ray", action="store_true", help="also with Ray tasks")
     parser.add_argument("--s3", action="store_true", help="the photos of coco18, from a bucket into a bucket")
     options = parser.parse_args()
     if options.s3:
