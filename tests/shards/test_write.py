@@ -276,6 +276,8 @@ def test_a_signal_ends_the_run_after_its_images_are_saved(tmp_path: Path) -> Non
         from paml.shards import ShardSettings, write_shards
         from tests.shards.images import source
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+
         def images():
             for i, image in enumerate(source(40)):
                 if i == 30:
