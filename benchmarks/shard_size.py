@@ -21,7 +21,8 @@ import yaml
 
 from paml.losses import LossSettings
 from paml.models import BoostSettings
-from paml.preparation.prepare import PrepareSettings, prepare
+from paml.preparation.prepare import prepare
+from paml.preparation.settings import PrepareSettings
 from paml.settings import flatten, unflatten
 from paml.shards import ShardSettings
 from paml.training.hooks import RunHooks
@@ -51,7 +52,7 @@ def prepare_photos(data: Path, out: Path, kind: str, shards: ShardSettings) -> P
         prepare(
             PrepareSettings(
                 out=str(folder),
-                release=str(data / "2017_11"),
+                labels=str(data / "2017_11"),
                 images=str(data / "images"),
                 full_labels=str(data / "full-labels"),
                 shards=dataclasses.replace(shards, resize=SHARDS[kind]),

@@ -14,7 +14,7 @@ from paml.training.settings import TrainSettings, with_absolute_paths
 if TYPE_CHECKING:
     import torch
 
-    from paml.preparation.prepare import PrepareSettings
+    from paml.preparation.settings import PrepareSettings
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ def prepare(settings: "PrepareSettings | Mapping[str, Any] | None" = None, **ove
     Settings are a `PrepareSettings` or dotted names, as in `train`. Raises PamlError for mistakes in settings or data.
     """
     from paml.distributed.prepare import run_prepare
-    from paml.preparation.prepare import PrepareSettings
+    from paml.preparation.settings import PrepareSettings
 
     run_prepare(_settings(PrepareSettings, settings, overrides, "paml.prepare"))
 

@@ -22,7 +22,8 @@ from paml.errors import PamlError, SettingsError
 from paml.explain.analysis import draw_run_comparison
 from paml.losses import LossSettings
 from paml.models import BoostSettings, ModelSettings
-from paml.preparation.prepare import PrepareSettings, prepare
+from paml.preparation.prepare import prepare
+from paml.preparation.settings import PrepareSettings
 from paml.progress import progress_display
 from paml.runs.folder import Run
 from paml.runs.spec import open_runs
@@ -136,7 +137,8 @@ def _prepare(out: Path, images: dict[str, int], side: int, seed: int, *, single:
     print(report, flush=True)
     settings = PrepareSettings(
         out=str(out),
-        release=str(source / "2017_11"),
+        source="openimages",
+        labels=str(source / "2017_11"),
         images=str(source / "images"),
         full_labels=str(source / "full-labels"),
         shards=ShardSettings(size=side, samples_per_shard=500),

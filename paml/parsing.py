@@ -8,7 +8,6 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from paml import storage
@@ -27,13 +26,6 @@ PARSE_ERRORS = (
     pa.ArrowException,
 )
 """Errors that parsing code raises for content of the wrong shape."""
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Formats that Pillow may open. It supports forty more; some start programs (EPS) or read other files."""
-MAX_PIXELS = 1 << 27
-"""Largest image that training and prediction decode, in pixels."""
-MAX_SCANS = 500
-"""Largest number of scans in a JPEG; progressive files have about ten."""
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -106,15 +98,6 @@ def check_not_symlink(path: str) -> None:
     """Raises StorageError if `path` is a link."""
     if os.path.islink(path):
         raise _planted_file_error(path)
-
-
-def jpeg_scan_error(data: bytes | memoryview) -> str | None:
-    """The error of a JPEG with so many scans that decoding it would take minutes; None for other images."""
-    if bytes(data[:2]) != b"\xff\xd8":
-        return None
-    values = np.frombuffer(data, np.uint8)  # bytes.count takes six times as long
-    scans = np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA))
-    return f"a JPEG of {scans:,} scans: at most {MAX_SCANS} are allowed" if scans > MAX_SCANS else None
 
 
 def _planted_file_error(path: str) -> StorageError:

@@ -63,7 +63,7 @@ def calibrate_and_report(settings: CalibrateSettings, log: Callable[[str], None]
     """Calibrate a run as `paml.inference.calibrate.calibrate_run` does, and send model and metrics to its trackers."""
 
     def publish(run_folder: str, model: str | None) -> None:
-        if model is not None:
+        if model is not None and settings_of_run(run_folder).data.embeddings is None:
             log_model(Journal(run_folder, "calibrate"), model=model)
         for tracker in settings_of_run(run_folder).run.trackers:
             if (report := try_sync(run_folder, tracker, log)) is not None:

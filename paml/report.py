@@ -63,7 +63,7 @@ def run_note(context: RunContext, result: Result | None = None) -> str:
     parts = [
         "; ".join(scores) or unscored,
         f"**{settings.loss.name}**, boost {settings.boost.train:g} in training and {settings.boost.eval:g} in scoring, "
-        f"{settings.model.backbone} at {data.image_size} px, on `{settings.data.root}` "
+        f"{settings.model.backbone} at {data.input_text}, on `{settings.data.root}` "
         f"({len(data.train.samples):,} images, {len(data.classes):,} classes).",
         f"**Repeat:** `{repeat_command(settings)}`; all settings are in the artifact `settings.yaml`.",
         f"**Data** (digests of shards and labels): {digests}.",
@@ -128,6 +128,8 @@ def _report_rejections(context: RunContext, result: Result) -> None:
     path = storage.join(folder, "artifacts", "rejected_by_epoch.png")
     if draw_rejected({str(settings.run.name): (0, result.history)}, path):
         journal.artifact(path, "figures/rejected_by_epoch.png")
+    if settings.data.embeddings is not None:
+        return  # there are no images to show
     epochs = gallery_epochs(folder, context.data.train, len(result.history), settings.seed)
     if epochs:
         journal.artifact_bytes(gallery_html(str(settings.run.name), epochs).encode(), "rejected_labels.html")
@@ -159,4 +161,5 @@ def _report_model(context: RunContext, result: Result) -> None:
     info = ModelInfo(settings.model, alpha, data.classes, data.names, data.image_size, settings.run.name, checkpoint)
     folder = storage.join(context.folder, "model")
     write_model_folder(folder, network, info, None)
-    log_model(context.journal, model=folder)
+    if settings.data.embeddings is None:  # MLflow's model takes images
+        log_model(context.journal, model=folder)

@@ -9,11 +9,13 @@ import numpy as np
 from paml import storage
 from paml.audit.evidence import open_checkpoints, read_issue_images
 from paml.audit.issues import KIND_TITLES, MISSING, LabelIssues, issue_table, write_csv, write_parquet
+from paml.audit.label_studio import TASKS, write_tasks
 from paml.audit.page import page_html
 from paml.audit.rank import checkpoint_agreement, fit_class_scale, rank_issues
 from paml.audit.scoring import View, score_labels
 from paml.data.loader import Loader
 from paml.errors import DataError, SettingsError, check_setting
+from paml.models.backbones import check_takes_images
 from paml.runs.spec import parse_run, training_split_of
 from paml.training.data import Split, eval_loader, open_split, split_reader
 from paml.training.hooks import terminal_progress
@@ -53,6 +55,9 @@ class AuditSettings:
     missing)."""
     batch_size: int = 32
     """Images per batch."""
+    image_url: str | None = None
+    """Address of an image with {key} in it, such as https://host/{key}.jpg, as Label Studio can open it: also write the
+    issues as its tasks, label_studio.json, and its labeling interface, label_studio.xml."""
     out: str = "runs/audit"
     """Output folder for issues.parquet, issues.csv and page.html, local or s3://. Files are overwritten."""
 
@@ -62,6 +67,8 @@ class AuditSettings:
         for name, minimum in minimums.items():
             value = getattr(self, name)
             check_setting(value is None or value >= minimum, name, value, f"at least {minimum}")
+        valid = self.image_url is None or self.image_url.count("{key}") == 1
+        check_setting(valid, "image_url", self.image_url, "an address with {key} in it, once")
         if self.missing + self.wrong == 0:
             raise SettingsError("missing and wrong are 0, so there is nothing to list: set one of them")
         choices = ("observed", "positive", "all")
@@ -73,6 +80,7 @@ def audit(settings: AuditSettings, log: Callable[[str], None] = print) -> LabelI
     storage.ensure_writable(settings.out)
     world = World(device=current_world().device)
     checkpoints = open_checkpoints(settings.run, settings.checkpoints, world.device)
+    check_takes_images(checkpoints[-1].settings.model, checkpoints[-1].folder)
     run, names = checkpoints[-1], [checkpoint.checkpoint for checkpoint in checkpoints]
     data = dataclasses.replace(run.settings.data, root=settings.root or run.settings.data.root)
     labels = settings.labels
@@ -124,6 +132,9 @@ def audit(settings: AuditSettings, log: Callable[[str], None] = print) -> LabelI
     }
     write_parquet(table, about, storage.join(settings.out, "issues.parquet"))
     write_csv(table, storage.join(settings.out, "issues.csv"))
+    if settings.image_url is not None:
+        count = write_tasks(storage.join(settings.out, "issues.parquet"), settings.image_url, settings.out)
+        log(f"{count:,} tasks for Label Studio in {storage.join(settings.out, TASKS)}")
     entries = [
         {name: row[name] for name in ("key", "mid", "name", "rank", "state")}
         | {name: round(row[name], 4) for name in ("score", "probability")}

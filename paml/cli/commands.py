@@ -52,10 +52,10 @@ COMMANDS: dict[str, Command] = {
         "Ray cluster (RAY_ADDRESS, or `paml submit prepare …`) the work is divided into tasks.",
         examples=(
             "paml prepare --images photos --labels labels.csv --out data/mine",
-            "paml prepare --release 2017_11 --images images --out data/mine --shards.size 448",
+            "paml prepare --labels 2017_11 --images images --out data/mine --shards.size 448",
             "paml prepare --config openimages_v3_data --plan true",
         ),
-        settings="paml.preparation.prepare:PrepareSettings",
+        settings="paml.preparation.settings:PrepareSettings",
         function="paml.distributed.prepare:run_prepare",
     ),
     "train": Command(
@@ -134,6 +134,15 @@ COMMANDS: dict[str, Command] = {
         settings="paml.inference.export:ExportSettings",
         function="paml.inference.export:export",
     ),
+    "export-fiftyone": Command(
+        summary="Write predictions, true labels and maps as a data set that FiftyOne opens",
+        details="Maps are heatmaps; they need a prediction with --bulk.maps.",
+        examples=(
+            "paml export-fiftyone --predictions scores/test --labels data/mine/labels/test.arrow --out fiftyone/test",
+        ),
+        settings="paml.inference.fiftyone_export:FiftyOneExportSettings",
+        function="paml.inference.fiftyone_export:export_fiftyone",
+    ),
     "serve": Command(
         summary="Serve a run or model folder over HTTP with MLflow's scoring server",
         details="POST /invocations takes encoded images and returns classes, names and scores.",
@@ -159,8 +168,12 @@ COMMANDS: dict[str, Command] = {
     "audit": Command(
         summary="List labels to review: likely missing positives and likely wrong labels",
         details="Writes them as Parquet, CSV and an HTML page where a person answers yes, no or skip. The page exports "
-        "the verdicts as CSV, which `paml prepare --verdicts` or `paml labels apply-verdicts` merges.",
-        examples=("paml audit --run runs/mine --out runs/audit",),
+        "the verdicts as CSV, which `paml prepare --verdicts` or `paml labels apply-verdicts` merges. With --image_url "
+        "it also writes tasks for Label Studio, whose JSON export `paml prepare --verdicts` reads.",
+        examples=(
+            "paml audit --run runs/mine --out runs/audit",
+            "paml audit --run runs/mine --image_url 'https://host/images/{key}.jpg'",
+        ),
         settings="paml.audit.audit:AuditSettings",
         function="paml.audit.audit:audit",
     ),

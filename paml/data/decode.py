@@ -1,67 +1,18 @@
-"""Decode compressed images to uint8 RGB pixels, directly into the batch.
+"""Decode compressed images directly into the batch, cropped and resized.
 
-libjpeg-turbo (simplejpeg) decodes baseline and progressive JPEG, color and gray. Pillow decodes the rest: CMYK, PNG and
-other formats, and JPEGs with an EXIF rotation. torch's antialiased bilinear resize of uint8 is within one gray level of
-Pillow's. Images stored at the training size need no torch.
+torch's antialiased bilinear resize of uint8 is within one gray level of Pillow's. Images stored at the training size
+need no torch.
 """
 
-import io
-import threading
-
 import numpy as np
-import simplejpeg
-from PIL import Image, ImageOps
 
-from paml.parsing import IMAGE_FORMATS, MAX_PIXELS, jpeg_scan_error
-from paml.shards.images import EXIF_ORIENTATION, UndecodableError, check_pixels, image_errors, to_rgb
-
-_SCRATCH_BYTES = 64 << 20
-
-_scratch = threading.local()
-
-
-def _is_rotated(data: bytes | memoryview) -> bool:
-    """Whether EXIF metadata require a rotation."""
-    if b"Exif\x00" not in bytes(data[:4096]):
-        return False
-    try:
-        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS).getexif().get(EXIF_ORIENTATION, 1) != 1
-    except Exception:  # ignore damaged EXIF metadata
-        return False
-
-
-def _decode(data: bytes | memoryview, out: np.ndarray | None) -> np.ndarray:
-    """uint8 [H, W, 3]: in `out` if libjpeg-turbo decodes to its size, in this thread's scratch memory, or new."""
-    if not len(data):
-        raise UndecodableError("empty file")
-    if problem := jpeg_scan_error(data):
-        raise UndecodableError(problem)
-    if bytes(data[:2]) == b"\xff\xd8" and not _is_rotated(data):
-        try:
-            height, width = (int(side) for side in simplejpeg.decode_jpeg_header(data)[:2])
-            check_pixels(width, height, MAX_PIXELS)
-            if out is None or out.shape != (height, width, 3):
-                out = _scratch_memory(height * width * 3)
-            return simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out)
-        except ValueError:  # CMYK, 12 bit, arithmetic coding, or truncated: let Pillow decide
-            pass
-    with image_errors(data), Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        check_pixels(*image.size, MAX_PIXELS)
-        return np.array(to_rgb(ImageOps.exif_transpose(image)))
-
-
-def _scratch_memory(size: int) -> np.ndarray:
-    """Memory of this thread that is reused for each image: fresh memory costs a tenth of the decoding time."""
-    if size > _SCRATCH_BYTES:
-        return np.empty(size, np.uint8)
-    if not hasattr(_scratch, "memory") or len(_scratch.memory) < size:
-        _scratch.memory = np.empty(size, np.uint8)
-    return _scratch.memory[:size]
+from paml.shards.decode import UndecodableError as UndecodableError
+from paml.shards.decode import decode_upright
 
 
 def decode_rgb(data: bytes | memoryview) -> np.ndarray:
-    """Decode to uint8 [H, W, 3]. Raises UndecodableError with Pillow's reason."""
-    return _decode(data, None).copy()
+    """Decode to uint8 [H, W, 3]. Raises UndecodableError."""
+    return decode_upright(data).copy()
 
 
 def decode_into(data: bytes | memoryview, out: np.ndarray, crop: np.ndarray | None = None) -> None:
@@ -70,7 +21,7 @@ def decode_into(data: bytes | memoryview, out: np.ndarray, crop: np.ndarray | No
     crop: float64[4], left, top, right and bottom as fractions of width and height; None for the whole image. Raises
     UndecodableError; the content of `out` is then undefined.
     """
-    pixels = _decode(data, out if crop is None else None)
+    pixels = decode_upright(data, out if crop is None else None)
     if crop is not None:
         pixels = _crop(pixels, crop)
     if pixels.shape != out.shape:

@@ -47,7 +47,7 @@ class Normalizer:
 
 
 def features_as_float(features_BHWC: torch.Tensor, flips_B: torch.Tensor | None = None) -> torch.Tensor:
-    """float16 [b, h, w, C] to float32 [b, C, h, w], channels_last in memory. Cached features are already mirrored."""
+    """float16 or float32 [b, h, w, C] to float32 [b, C, h, w], channels_last in memory. They are already mirrored."""
     return features_BHWC.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
 
 

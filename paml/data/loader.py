@@ -62,7 +62,7 @@ class Batch:
     step: int
     """Number of the global batch within the epoch."""
     images: torch.Tensor
-    """uint8 [b, S, S, 3]; or cached features, float16 [b, h, w, C], already mirrored according to `flips`."""
+    """uint8 [b, S, S, 3]; or features, float16 or float32 [b, h, w, C], already mirrored according to `flips`."""
     flips: torch.Tensor
     """bool [b]."""
     slots: torch.Tensor
@@ -198,7 +198,8 @@ class Loader:
         }
         if self.features is not None:
             copy = functools.partial(copy_features, self.features, self.augmentation)
-            return BatchReader(copy, self.features.plain.shape[1:], np.float16, **sizes)
+            rows, plain = self.features.rows_per_task, self.features.plain
+            return BatchReader(copy, plain.shape[1:], plain.dtype.type, rows_per_task=rows, **sizes)
         size = self.options.image_size or self.reader.manifest.image_size
         return BatchReader(self._decode, (size, size, 3), np.uint8, **sizes)
 
@@ -208,7 +209,7 @@ class Loader:
     def _start_read(self, reader: BatchReader, index: np.ndarray) -> tuple[torch.Tensor, PendingBatch]:
         if self.options.pin_memory:
             # torch reuses pinned memory only after the copies that read it are done
-            dtype = torch.uint8 if reader.dtype is np.uint8 else torch.float16
+            dtype = torch.from_numpy(np.empty(0, reader.dtype)).dtype
             pixels = torch.empty((len(index), *reader.row_shape), dtype=dtype, pin_memory=True)
             return pixels, reader.start(index, pixels.numpy())
         pending = reader.start(index)

@@ -45,6 +45,11 @@ class Samples:
     def __len__(self) -> int:
         return len(self.index)
 
+    def subset(self, positions: np.ndarray) -> "Samples":
+        """Only the samples at these positions, in this order."""
+        selected = {name: getattr(self, name)[positions] for name in ("index", "row", "shard")}
+        return dataclasses.replace(self, **selected)
+
 
 ImageChoice = Literal["observed", "positive", "all"]
 

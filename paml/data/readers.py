@@ -14,6 +14,7 @@ from paml.data.decode import UndecodableError, decode_into
 from paml.shards.reader import CorruptSampleError, ShardReader
 
 _ROWS_PER_TASK = 8
+_FEATURE_BYTES_PER_TASK = 1 << 20
 
 BadRows = list[tuple[int, str]]
 """Rows of a batch that could not be read, each with the reason."""
@@ -50,7 +51,7 @@ class BatchReader:
     """Starts reads of batches in threads and reuses the memory of batches that nobody refers to any more.
 
     read_into: reads the rows of an index (int64[n], positions in the manifest) into an array [n, *row_shape]; called in
-    a thread. buffers: number of unused batch buffers to retain.
+    a thread. buffers: number of unused batch buffers to retain. rows_per_task: largest number of rows of one call.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class BatchReader:
         batch_size: int,
         threads: int,
         buffers: int,
+        rows_per_task: int = _ROWS_PER_TASK,
     ) -> None:
+        self._rows_per_task = rows_per_task
         self.row_shape, self.dtype, self._read_into, self._threads = row_shape, dtype, read_into, threads
         self._shape = (batch_size, *row_shape)
         self._unused = _unused_buffers(self._shape, dtype, buffers)
@@ -73,7 +76,7 @@ class BatchReader:
     def start(self, index: np.ndarray, out: np.ndarray | None = None) -> PendingBatch:
         """Start to read the rows of `index`, int64[n], into `out` [n, ...], or into reused memory."""
         rows = self._acquire()[: len(index)] if out is None else out
-        step = max(1, min(_ROWS_PER_TASK, -(-len(index) // self._threads)))
+        step = max(1, min(self._rows_per_task, -(-len(index) // self._threads)))
         tasks = []
         for start in range(0, len(index), step):
             task = self._executor.submit(self._read_into, index[start : start + step], rows[start : start + step])
@@ -120,18 +123,26 @@ def _executor(threads: int) -> ThreadPoolExecutor:
 
 @dataclasses.dataclass(frozen=True)
 class CachedFeatures:
-    """Features of the frozen layers for all n images of a manifest, in its order."""
+    """Features of the frozen layers, or embeddings, for all n images of a manifest, in its order."""
 
     plain: np.ndarray
-    """float16 [n, h, w, C]."""
+    """float16 [n, h, w, C]; embeddings may be float32."""
     mirrored: np.ndarray
     """Features of the mirrored images; the same array as `plain` if no image is mirrored."""
     bad: dict[int, str]
     """Positions of images that could not be read, with the reason; their features are 0."""
 
+    @property
+    def rows_per_task(self) -> int:
+        """Number of rows to copy at once: vectors are so small that a task costs more than copying a few of them."""
+        return max(_ROWS_PER_TASK, _FEATURE_BYTES_PER_TASK // max(1, self.plain[:1].nbytes))
+
 
 def copy_features(features: CachedFeatures, augmentation: Augmentation, index: np.ndarray, out: np.ndarray) -> BadRows:
-    """Copy the features of `index` to `out`, float16 [n, h, w, C]. In a thread, no step waits for a slow disk."""
+    """Copy the features of `index` to `out`, [n, h, w, C]. In a thread, no step waits for a slow disk."""
+    if features.mirrored is features.plain:
+        out[:] = features.plain[index]
+        return [(row, features.bad[sample]) for row, sample in enumerate(index.tolist()) if sample in features.bad]
     for row, (sample, mirror) in enumerate(zip(index.tolist(), augmentation.flips(index), strict=True)):
         out[row] = (features.mirrored if mirror else features.plain)[sample]
     return [(row, features.bad[sample]) for row, sample in enumerate(index.tolist()) if sample in features.bad]

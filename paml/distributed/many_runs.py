@@ -29,6 +29,7 @@ from paml.runs.train import is_ray_job
 from paml.tasks import TaskContext, format_error
 from paml.tracking import environment, start_trackers
 from paml.training.data import open_data
+from paml.training.embeddings import with_embeddings
 from paml.training.reject_rate import with_reject_rate
 from paml.training.result import Result
 from paml.training.settings import TrainSettings, check_same_settings
@@ -74,7 +75,7 @@ def check_trainings(trainings: Sequence[Training]) -> None:
     open_once = functools.cache(open_data)
     for training in trainings:
         data = open_once(training.settings.data)
-        settings = with_reject_rate(training.settings, data, lambda line: None)
+        settings = with_reject_rate(with_embeddings(training.settings, data), data, lambda line: None)
         if storage.exists(storage.join(training.folder, "run.json")):
             try:
                 check_same_settings(dataclasses.asdict(settings_of_run(training.folder)), settings)

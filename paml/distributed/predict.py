@@ -10,6 +10,7 @@ from paml.errors import SettingsError, check_setting
 from paml.inference.bulk import BulkSettings, predict_images
 from paml.inference.predictor import open_predictor
 from paml.inference.single import predict_image
+from paml.labels.edit import check_outputs
 from paml.tasks import LocalTaskRunner, TaskRunner
 
 
@@ -63,6 +64,7 @@ def run_predict(settings: PredictSettings) -> int:
     """
     settings = with_absolute_paths(settings, cluster.base_folder())
     if settings.image is not None:
+        check_outputs([settings.show] if settings.show else [], [settings.image])
         predict_image(open_predictor(settings.model), settings.image, top=settings.top, show=settings.show)
         return 0
     images, out = settings.images, settings.out

@@ -8,7 +8,8 @@ from paml import storage
 from paml.distributed import cluster
 from paml.distributed.cluster import print_line
 from paml.preparation.plan import plan
-from paml.preparation.prepare import PrepareSettings, prepare
+from paml.preparation.prepare import prepare
+from paml.preparation.settings import PrepareSettings
 from paml.tasks import TaskRunner
 
 
@@ -33,14 +34,17 @@ def _ray_task_runner(settings: PrepareSettings) -> TaskRunner:
 
     if not settings.plan:
         check_shared(settings.out)
-        if os.path.isdir(settings.images):
-            check_shared(settings.images)
+        images = settings.images or settings.labels  # which may have them in its own files
+        if os.path.isdir(images):
+            check_shared(images)
     return RayTaskRunner(cpus_per_task=settings.cpus_per_task, retries=settings.retries)
 
 
 def with_absolute_paths(settings: PrepareSettings, base: str) -> PrepareSettings:
     """The settings with local paths resolved against `base`."""
-    names = ("out", "images", "labels", "class_list", "release", "release_from", "full_labels")
+    names = ("out", "images", "labels", "class_list", "full_labels")
     changes: dict[str, Any] = {name: storage.absolute_path(getattr(settings, name), base) for name in names}
+    download_from = storage.absolute_path(settings.openimages.download_from, base)
+    changes["openimages"] = dataclasses.replace(settings.openimages, download_from=download_from)
     changes["verdicts"] = tuple(storage.absolute_path(path, base) for path in settings.verdicts)
     return dataclasses.replace(settings, **changes)

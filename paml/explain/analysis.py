@@ -20,6 +20,7 @@ from paml.explain.panel import PanelRow, boosted_map, choose_labels, draw_map_pa
 from paml.explain.plots import draw_extremes, draw_learning_curves, draw_rejected, draw_similarity
 from paml.explain.report import MAP_KINDS, METRICS, MapMetrics, summary_text, write_metrics
 from paml.labels.states import POSITIVE
+from paml.models.backbones import check_takes_images
 from paml.plots import new_figure, save_figure
 from paml.runs.spec import OpenRun, open_runs, training_split_of
 from paml.shards.reader import ShardReader
@@ -70,6 +71,8 @@ def explain(settings: ExplainSettings, log: Callable[[str], None] = print) -> Ma
     """Compute the metrics, write results and plots to `settings.out`, and log the summary. Raises PamlError."""
     world = current_world()
     runs = open_runs(settings.runs, world.device)
+    for run in runs:
+        check_takes_images(run.settings.model, run.folder)
     data = runs[0].settings.data
     data = dataclasses.replace(data, root=settings.root or data.root)
     split = open_split(data, settings.split, f"labels/{settings.split}.arrow", images="observed")

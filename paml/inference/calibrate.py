@@ -76,7 +76,7 @@ def calibrate_run(
     """
     run_folder, _, _ = parse_run(settings.run)
     run = settings_of_run(run_folder)
-    predictor = open_predictor(settings.run, device=current_world().device, calibrated=False)
+    predictor = open_predictor(settings.run, device=current_world().device, calibrated=False, takes_images=False)
     num_classes, bins = len(predictor.classes), settings.calibration.bins
     pairs = _score_split(predictor, run, settings.root, settings.split)
     curves: dict[str, Reliability] = {}

@@ -61,6 +61,8 @@ def export(settings: ExportSettings, log: Callable[[str], None] = print) -> list
     Raises ExportError if torch cannot convert the network or a file differs from the checkpoint by more than TOLERANCE,
     SettingsError if a package is not installed, and the errors of `open_predictor`.
     """
+    if os.path.realpath(settings.out) == os.path.realpath(settings.model):
+        raise SettingsError(f"out is {settings.out!r}, the exported model's own folder: name another folder")
     predictor = open_predictor(settings.model)
     packages = ("onnx", "onnxruntime", "onnxscript") if "onnx" in settings.formats else ()
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:

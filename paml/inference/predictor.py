@@ -18,6 +18,7 @@ from paml.data.decode import UndecodableError, decode_into, resize_into
 from paml.errors import DataError, SettingsError
 from paml.metrics.calibration import Calibration
 from paml.models import CamClassifier, ModelSettings, build_model
+from paml.models.backbones import check_takes_images
 from paml.models.inference import Inference
 from paml.parsing import parse_errors_as, read_json
 from paml.runs.folder import settings_of_run
@@ -209,6 +210,8 @@ class Predictor:
         from PIL import Image, ImageOps
 
         if isinstance(image, Image.Image):
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"the image has mode {image.mode}, whose range is unknown: pass its file, or 8 bits")
             image = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         pixels = np.asarray(image)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
@@ -259,11 +262,12 @@ def open_predictor(
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
     calibrated: bool = True,
+    takes_images: bool = True,
 ) -> Predictor:
     """Open a run (FOLDER[@best|newest|step-*][:alpha=A]), a model folder or an MLflow model, local or s3://.
 
-    calibrated: use the calibration of this checkpoint and alpha, if there is one. Raises DataError, SettingsError,
-    CheckpointError.
+    calibrated: use the calibration of this checkpoint and alpha, if there is one. takes_images: refuse a model of
+    embeddings. Raises DataError, SettingsError, CheckpointError.
     """
     model = os.fspath(model)
     for folder in (model, storage.join(model, "artifacts", "model")):
@@ -273,6 +277,8 @@ def open_predictor(
             break
     else:
         network, info, source, calibration_file = _read_run(model)
+    if takes_images:
+        check_takes_images(info.model, source)
     calibration = Calibration.read(calibration_file) if calibrated and storage.exists(calibration_file) else None
     return Predictor(network, info, calibration, source=source, device=device, precision=precision)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from paml import storage
 from paml.errors import LabelError
@@ -27,6 +28,7 @@ _BATCH_ROWS = 1 << 13
 _BLOCK_BYTES = 1 << 20
 _MAX_TEXT = 500
 _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8
+_CUT_SUFFIX = pc.ReplaceSubstringOptions(r"(?i)\.jpe?g$", "")
 
 
 class ParsedRows(NamedTuple):
@@ -101,20 +103,26 @@ def _header_hint(header: str) -> str:
 
 def read_annotations(
     file: AnnotationFile, collector: LabelCollector, threads: int, on_rows: Callable[[int], None]
-) -> None:
-    """Collect the rows of a file. on_rows: called with the number of rows of it read so far."""
-    rows_before = collector.rows
+) -> int:
+    """Collect the rows of a file. on_rows: called with the number of rows of it read so far.
+
+    Returns the number of rows whose ImageID had the suffix of a JPEG file. It is cut off, because keys have none.
+    """
+    rows_before, suffixes_cut = collector.rows, 0
     try:
         for columns, bad_lines in _parse_quoted(file) if file.quoted else _parse_plain(file, collector, threads):
             if columns:
-                arrays = [pa.array(column, pa.string()) for column in columns]
-                collector.add_batch(file.path, pa.RecordBatch.from_arrays(arrays, list(HEADER)))
+                names, *others = (pa.array(column, pa.string()) for column in columns)
+                keys = pc.call_function("replace_substring_regex", [names], _CUT_SUFFIX)
+                suffixes_cut += pc.call_function("sum", [pc.call_function("not_equal", [keys, names])]).as_py()
+                collector.add_batch(file.path, pa.RecordBatch.from_arrays([keys, *others], list(HEADER)))
             if bad_lines:
                 numbers, texts = zip(*bad_lines, strict=True)
                 collector.add_bad_lines(file.path, texts, numbers)
             on_rows(collector.rows - rows_before)
     except OSError as error:
         raise storage.StorageError(error.errno or 0, f"cannot read {file.path!r}: {error.strerror}") from error
+    return suffixes_cut
 
 
 def _parse_plain(file: AnnotationFile, collector: LabelCollector, threads: int) -> Iterator[ParsedRows]:

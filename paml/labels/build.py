@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from paml import storage
 from paml.errors import LabelError
 from paml.labels.annotations import open_annotation_file, read_annotations
 from paml.labels.class_list import ClassList, read_class_list
 from paml.labels.collect import LabelCollector
+from paml.labels.edit import check_outputs
 from paml.labels.rejects import REJECT_KINDS, RejectsWriter, describe_source, format_counts, rejects_path_of
 from paml.labels.resolve import CONFLICT_RULES, ConflictRule, check_conflict_rule
 from paml.labels.table import LabelTable
@@ -62,6 +64,8 @@ class LabelReport:
     """(image, class) pairs that were both 1 and 0."""
     unknown_classes: tuple[tuple[str, int], ...]
     """Classes that are not in the class list, with their rows, the most frequent first."""
+    suffixes_cut: int
+    """Rows whose ImageID had the suffix of a JPEG file, which was cut off."""
     first_text_key: str | None
     """The first ImageID that is not 16 lower-case hex digits: all keys are then text."""
 
@@ -79,6 +83,8 @@ class LabelReport:
             lines.append(f"{len(self.unknown_classes):,} classes are not in the class list, most often {first}")
         if self.unnamed_classes:
             lines.append(f"{self.unnamed_classes:,} classes have no description and are named by their MIDs")
+        if self.suffixes_cut:
+            lines.append(f"{self.suffixes_cut:,} rows have an ImageID with .jpg, which was cut off")
         if self.first_text_key is not None:
             lines.append(f"keys are stored as text, because {self.first_text_key!r} is not 16 lower-case hex digits")
         if any(self.rejected.values()):
@@ -115,6 +121,7 @@ def build_label_table(
         raise LabelError(
             f"annotation file {repeated!r} is listed twice: all its rows would be duplicates, name it once"
         )
+    check_outputs([out, rejects_path_of(out)], [*paths, classes, *([descriptions] if descriptions else [])])
     class_list = read_class_list(classes, descriptions)
     files = [open_annotation_file(path) for path in paths]
     with RejectsWriter(rejects_path_of(out)) as rejects, ThreadPoolExecutor(1, "paml-digests") as pool:
@@ -122,11 +129,11 @@ def build_label_table(
         digests = pool.submit(
             lambda: [describe_source(file.path, file.local) for file in files] + [describe_source(classes)]
         )
-        collector = LabelCollector(class_list, settings.image_ids, rejects)
+        collector, suffixes_cut = LabelCollector(class_list, settings.image_ids, rejects), 0
         for file in files:
             on_rows = functools.partial(progress or (lambda path, rows: None), file.path)
-            read_annotations(file, collector, _threads_of(settings), on_rows)
-        return _write(out, paths, collector, settings, digests.result())
+            suffixes_cut += read_annotations(file, collector, _threads_of(settings), on_rows)
+        return _write(out, paths, collector, settings, digests.result(), suffixes_cut)
 
 
 def build_from_batches(
@@ -149,7 +156,8 @@ def build_from_batches(
         for batch in batches:
             collector.add_batch(path, batch)
         collector.add_bad_lines(path, list(bad_lines))
-        return _write(out, [path], collector, settings, [describe_source(path)])
+        is_file = storage.exists(path) and not os.path.isdir(path)
+        return _write(out, [path], collector, settings, [describe_source(path)] if is_file else [])
 
 
 def _threads_of(settings: LabelSettings) -> int:
@@ -163,6 +171,7 @@ def _write(
     collector: LabelCollector,
     settings: LabelSettings,
     sources: list[dict[str, Any]],
+    suffixes_cut: int = 0,
 ) -> LabelReport:
     """Resolve the collected labels, write the table and report."""
     rejects, class_list = collector.rejects, collector.class_list
@@ -192,6 +201,7 @@ def _write(
         rejected=rejected,
         conflicting_pairs=resolved.conflicting_pairs,
         unknown_classes=tuple(collector.unknown_classes.most_common()),
+        suffixes_cut=suffixes_cut,
         first_text_key=collector.first_text_key,
     )
 

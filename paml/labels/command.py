@@ -6,10 +6,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from paml import storage
-from paml.errors import UsageError
+from paml.errors import LabelError, UsageError
 from paml.labels import edit
-from paml.labels.class_list import read_classes
+from paml.labels.class_list import read_classes, read_text
+from paml.labels.parquet import export_parquet
 from paml.labels.resolve import CONFLICT_RULES
 from paml.labels.table import LabelTable
 from paml.labels.verdicts import apply_verdicts
@@ -56,6 +56,11 @@ def add_subcommands(parser: argparse.ArgumentParser) -> None:
     command.add_argument("out", help="CSV file to write")
     command.add_argument("--classes", metavar="FILE", help="also write the class list to this file, as MID,name")
 
+    command = add(
+        "to-parquet", _to_parquet, "write a row per image, with its positive and negative classes, for datasets"
+    )
+    command.add_argument("out", help="Parquet file to write")
+
     command = add("apply-verdicts", _apply_verdicts, "write a new version of a table with the verdicts of an audit")
     command.add_argument("files", nargs="+", metavar="file", help="CSV files that the audit page exported")
     command.add_argument("out", help="table to write")
@@ -86,12 +91,30 @@ def _info(args: Any) -> None:
 
 
 def _filter(args: Any) -> None:
-    classes = None if args.classes is None else read_classes(args.classes)
-    images = None
+    edit.check_outputs([args.out], [path for path in (args.table, args.classes, args.images) if path is not None])
+    table = LabelTable.open(args.table)
+    classes = images = None
+    if args.classes is not None:
+        classes = read_classes(args.classes)
+        known = set(table.classes)
+        unknown = [cls for cls in classes if cls not in known]
+        _check_listed(args.classes, "classes", unknown, len(classes), table)
     if args.images is not None:
-        lines = storage.read_bytes(args.images).decode("utf-8", "replace").split("\n")
-        images = [line.rstrip("\r") for line in lines if line.strip()]
-    print(edit.filter_table(LabelTable.open(args.table), args.out, classes=classes, images=images))
+        images = [line.rstrip("\r") for line in read_text(args.images).split("\n") if line.strip()]
+        if not images:
+            raise LabelError(f"image list {args.images!r} is empty: put one key on each line")
+        unknown = [images[row] for row in np.flatnonzero(table.rows_of(images) < 0)]
+        _check_listed(args.images, "keys", unknown, len(images), table)
+    print(edit.filter_table(table, args.out, classes=classes, images=images))
+
+
+def _check_listed(path: str, kind: str, unknown: Sequence[str], count: int, table: LabelTable) -> None:
+    if unknown:
+        examples = table.classes[:1] if kind == "classes" else table.keys(range(min(1, table.num_images)))
+        raise LabelError(
+            f"{len(unknown):,} of {count:,} {kind} of {path!r} are not in label table {table.path!r}, such as "
+            f"{unknown[0]!r}: list {kind} of the table, such as {', '.join(map(repr, examples))}"
+        )
 
 
 def _merge(args: Any) -> None:
@@ -106,10 +129,15 @@ def _split(args: Any) -> None:
 
 
 def _to_csv(args: Any) -> None:
+    edit.check_outputs([args.out] if args.classes is None else [args.out, args.classes], [args.table])
     table = LabelTable.open(args.table)
     edit.export_csv(table, args.out)
     if args.classes is not None:
         edit.export_classes(table, args.classes)
+
+
+def _to_parquet(args: Any) -> None:
+    export_parquet(LabelTable.open(args.table), args.out)
 
 
 def _apply_verdicts(args: Any) -> None:

@@ -5,6 +5,7 @@ stays in the table without labels (`data.images: observed` excludes it from trai
 """
 
 import os
+import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ def filter_table(
 
     Raises LabelError for a class or an image that the table does not have or that is listed twice.
     """
+    check_outputs([out], [table.path])
     rows = None
     if images is not None:
         rows = np.sort(table.require_rows(images))
@@ -77,6 +79,8 @@ def filter_labels(
     chosen: a function from some labels, whose `image` is the row in the table, to bool[m]:
     `lambda labels: labels.state == POSITIVE`. metadata: JSON values, instead of the digest of `table`.
     """
+    if out is not None:
+        check_outputs([out], [table.path])
     mask = np.concatenate(
         [np.zeros(0, bool), *(_check_mask(chosen(part), len(part.cls)) for part in iter_labels(table))]
     )
@@ -97,10 +101,10 @@ def split(table: LabelTable, outs: Sequence[str], fractions: Sequence[float], se
     The part of an image depends on (seed, key) only, so a part keeps its images as the table grows. The sizes match
     the fractions up to chance. Raises LabelError for other fractions.
     """
-    if len(outs) != len(fractions) or not outs:
+    if len(outs) != len(fractions):
         raise LabelError(f"{len(fractions)} fractions for {len(outs)} tables: give one fraction per table")
-    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
-        raise LabelError(f"the fractions are {list(fractions)}, allowed are numbers of 0 or more that add up to 1")
+    check_fractions(fractions)
+    check_outputs(outs, [table.path])
     bounds = [min(round(fraction * 2**64), 2**64 - 1) for fraction in np.cumsum(fractions)[:-1].tolist()]
     hashes = np.empty(table.num_images, np.uint64)
     seed_hash = mix64((seed ^ _SPLIT_SALT) % (1 << 64))
@@ -132,6 +136,7 @@ def merge(
     opened = [table if isinstance(table, LabelTable) else LabelTable.open(table) for table in tables]
     if not opened:
         raise LabelError("there are no label tables to merge: name at least one")
+    check_outputs([out], [table.path for table in opened])
     names: dict[str, str] = {}
     for table in opened:
         for cls, name in zip(table.classes, table.names, strict=True):
@@ -168,6 +173,7 @@ def export_csv(table: LabelTable, out: str) -> None:
     With the class list of `export_classes`, `build_label_table` makes a table of the same digest from it, if every
     image has a label: an image without one has no row. Fields are quoted if a key or a class needs it.
     """
+    check_outputs([out], [table.path])
     classes = pa.array(table.classes, pa.string())
     fields = [*table.classes, *([] if table.has_hex_keys else table.keys())]
     quoted = any(mark in field for field in fields for mark in ',"\r\n')
@@ -188,13 +194,50 @@ def export_csv(table: LabelTable, out: str) -> None:
 
 def export_classes(table: LabelTable, out: str) -> None:
     """Write the class list as `MID,name` in the table's order; see `write_class_list`."""
+    check_outputs([out], [table.path])
     write_class_list(out, table.classes, table.names)
 
 
-def refuse_overwriting(table: LabelTable, out: str) -> None:
-    """Raise LabelError if `out` is the file of `table`, which is mapped."""
-    if os.path.abspath(out) == os.path.abspath(table.path):
-        raise LabelError(f"label table {out!r} would overwrite its own source: name another file")
+def check_fractions(fractions: Sequence[float]) -> None:
+    """Raise LabelError unless the fractions are 0 or more and add up to 1."""
+    if not fractions or not min(fractions) >= 0 or not abs(sum(fractions) - 1) <= 1e-9:  # false for NaN
+        raise LabelError(f"the fractions are {list(fractions)}, allowed are numbers of 0 or more that add up to 1")
+
+
+def check_outputs(outputs: Sequence[str], inputs: Sequence[str]) -> None:
+    """Raise LabelError for an output that is a folder, an input, or the same file as an earlier output.
+
+    Files are compared, not names: a relative path, a link and an s3:// URL with an extra slash are the same file.
+    """
+    input_of = {_file_identity(path): path for path in reversed(inputs)}
+    output_of: dict[object, str] = {}
+    for path in outputs:
+        if _is_folder(path):
+            raise LabelError(f"the output {path!r} is a folder: name a file, such as {posixpath.join(path, 'out')!r}")
+        identity = _file_identity(path)
+        if identity in input_of:
+            same = "" if path == input_of[identity] else f", which is the same file as {path!r}"
+            raise LabelError(f"this would overwrite the input {input_of[identity]!r}{same}: name another output")
+        if identity in output_of:
+            raise LabelError(f"the outputs {output_of[identity]!r} and {path!r} are the same file: name two files")
+        output_of[identity] = path
+
+
+def _is_folder(path: str) -> bool:
+    if storage.is_remote(path):
+        return path.endswith("/") or path.count("/") < 3  # s3://bucket
+    return not os.path.basename(path) or os.path.isdir(path)
+
+
+def _file_identity(path: str) -> object:
+    """A value that is equal for two names of one file, whether the file exists or not."""
+    if storage.is_remote(path):
+        return posixpath.normpath(path)
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
 
 
 def _columns_of(table: LabelTable, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -243,7 +286,5 @@ def _write(
         table.names if names is None else names,
         metadata,
     )
-    if out is None:
-        return LabelTable(contents)
-    refuse_overwriting(table, out)
-    return LabelTable(contents).write(out)
+    new_table = LabelTable(contents)
+    return new_table if out is None else new_table.write(out)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from paml import storage
 from paml.errors import LabelError
 from paml.labels.class_list import read_text
-from paml.labels.edit import filter_labels, merge, refuse_overwriting
+from paml.labels.edit import check_outputs, filter_labels, merge
 from paml.labels.keys import as_strings
 from paml.labels.rejects import HEADER, REJECTS_SCHEMA, describe_source, format_counts, rejects_path_of
 from paml.labels.states import NEGATIVE, POSITIVE
@@ -88,14 +88,15 @@ def apply_verdicts(
     Unusable rows are counted by kind and written to `<out stem>.rejects.parquet`: malformed rows, unknown classes and
     images, duplicates, and pairs answered both ways. Metadata of `out`: the table's digest, the files' names, sizes
     and SHA-256, the counts.
-    Raises LabelError for no file, a missing one, one without a row, another header, or no usable row.
+    Raises LabelError for no file, a missing one, one without a row, another header, no usable row, or an output that is
+    an input.
     """
     if not files:
         raise LabelError("there are no verdict files: name at least one")
-    refuse_overwriting(table, out)
+    rejects_path = rejects_path_of(out)
+    check_outputs([out, rejects_path], [table.path, *files])
     verdicts = [verdict for path in files for verdict in _read_verdicts(path)]
     states, rejects = _one_per_pair(verdicts, table, images)
-    rejects_path = rejects_path_of(out)
     with storage.replacing(rejects_path) as temporary:
         pq.write_table(pa.Table.from_pylist(rejects, REJECTS_SCHEMA), temporary, compression="zstd")
     if not states:

@@ -9,6 +9,7 @@ import importlib
 import io
 import itertools
 import operator
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -37,7 +38,8 @@ class ModelSettings:
     """The network."""
 
     backbone: str = "resnet50"
-    """A torchvision network: resnet18/34/50/101, mobilenet_v2, or another one with `feature_layer`."""
+    """A torchvision network: resnet18/34/50/101, mobilenet_v2, or another one with `feature_layer`. Training on
+    data.embeddings sets it to embeddings/CHANNELS, no network."""
     weights: str | None = "imagenet"
     """'imagenet' (torchvision's DEFAULT weights), a file of weights, or null for random ones."""
     normalization: Normalization = "imagenet"
@@ -60,6 +62,21 @@ class ModelSettings:
             value = getattr(self, name)
             check_setting(value in allowed, f"model.{name}", value, " or ".join(allowed))
 
+    @property
+    def embedding_channels(self) -> int | None:
+        """Values per cell of the embeddings that the model takes (backbone embeddings/CHANNELS); None for images."""
+        match = re.fullmatch(r"embeddings/([1-9]\d{0,8})", self.backbone, re.ASCII)
+        return None if match is None else int(match[1])
+
+
+def check_takes_images(settings: ModelSettings, model: str) -> None:
+    """Raise SettingsError if `model`, a run or a model folder, takes embeddings."""
+    if settings.embedding_channels is not None:
+        raise SettingsError(
+            f"{model} was trained on embeddings and takes no images: score it with `paml evaluate`, or apply "
+            "head.weight and head.bias of its model/weights.safetensors to your vectors"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneInfo:
@@ -72,6 +89,8 @@ class BackboneInfo:
     """Subtracted from RGB in [0, 1]."""
     std: tuple[float, float, float]
     """Divides RGB in [0, 1]."""
+    embeddings: bool = False
+    """Whether the input is embeddings with `channels` values per cell; then there is no network and no image."""
     part_names: tuple[str, ...] = ()
     """Names of the parts in the whole network; empty if the backbone is not a sequence."""
 
@@ -89,6 +108,8 @@ def build_backbone(settings: ModelSettings) -> tuple[nn.Module, BackboneInfo]:
 
     Raises SettingsError for an unknown network, layer or stride, and for weights that do not fit.
     """
+    if channels := settings.embedding_channels:
+        return nn.Sequential(), BackboneInfo(channels=channels, stride=1, mean=HALF, std=HALF, embeddings=True)
     family = settings.backbone.partition("/")[0] if "/" in settings.backbone else "torchvision"
     if family not in FAMILIES:
         raise SettingsError(f"model.backbone is {settings.backbone!r}; its family must be one of {', '.join(FAMILIES)}")

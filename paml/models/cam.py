@@ -12,7 +12,8 @@ class CamClassifier(nn.Module):
     """Backbone, 1x1 convolution with bias to K maps, boost, global average pooling in float32.
 
     The first `front_parts` of the backbone can be skipped: if `on_features` is set, all methods take the output of
-    `front` instead of images. The model holds the weights of the whole network in either case.
+    `front` instead of images. The model holds the weights of the whole network in either case. A model of embeddings
+    has no backbone: on vectors, [B, C, 1, 1], it is a linear layer.
     """
 
     def __init__(self, backbone: nn.Module, info: BackboneInfo, num_classes: int, front_parts: int = 0) -> None:
@@ -21,7 +22,7 @@ class CamClassifier(nn.Module):
         self.info = info
         self.head = nn.Conv2d(info.channels, num_classes, kernel_size=1)
         self.front_parts = front_parts
-        self.on_features = False
+        self.on_features = info.embeddings
 
     @property
     def front(self) -> nn.Module:

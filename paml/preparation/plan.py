@@ -9,13 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 
 from paml import storage
-from paml.preparation.prepare import (
-    PrepareSettings,
-    build_tables,
-    fetch_missing_release,
-    find_images,
-    needs_release,
-)
+from paml.preparation.dataset import needs_release, open_dataset
+from paml.preparation.images import find_images
+from paml.preparation.prepare import write_tables
+from paml.preparation.settings import PrepareSettings
 from paml.progress import format_duration
 from paml.shards.images import UndecodableError, prepare_image
 from paml.shards.settings import ShardSettings
@@ -52,11 +49,12 @@ def plan(settings: PrepareSettings, *, cpus: int, log: Callable[[str], None] = p
     plans: dict[str, SplitPlan] = {}
     with tempfile.TemporaryDirectory(prefix="paml-plan-") as folder:
         if needs_release(settings):
-            settings = dataclasses.replace(settings, release=os.path.join(folder, "2017_11"))
-            fetch_missing_release(settings, log)
-        for split, table in build_tables(settings, folder, lambda line: None):
-            parts, count, _ = find_images(settings, split, table)
-            plans[split] = _plan_split(parts, count, settings.shards, cpus)
+            settings = dataclasses.replace(settings, source="openimages", labels=os.path.join(folder, "2017_11"))
+        dataset = open_dataset(settings, log)
+        tables, _ = write_tables(dataset, settings, folder, lambda line: None)
+        for split, table in tables.items():
+            images = find_images(dataset, settings, split, table, log)
+            plans[split] = _plan_split(images.parts, images.count, settings.shards, cpus)
     log(f"plan for {settings.out}; nothing was written")
     log(f"{'split':<12} {'requested':>11} {'images':>11} {'GB in':>9} {'GB out':>9} {'time':>14}")
     for split, p in plans.items():
@@ -67,7 +65,7 @@ def plan(settings: PrepareSettings, *, cpus: int, log: Callable[[str], None] = p
     log(_format_row("all", requested, images, bytes_in, bytes_out, hours))
     log(f"from a sample of {sampled} images ({usable} usable), for {cpus} CPUs")
     nodes = prices.nodes or max(1, -(-cpus // prices.cpus_per_node))
-    egress = bytes_in / 1e9 * prices.egress_per_gb if storage.is_remote(settings.images) else 0.0
+    egress = bytes_in / 1e9 * prices.egress_per_gb if storage.is_remote(settings.images or "") else 0.0
     log(f"{hours * nodes * prices.node_hour + egress:,.2f} US dollars by the settings in `prices`, without storage")
     return list(plans.values())
 

@@ -75,6 +75,12 @@ def training_split_of(run: OpenRun, split: Split, root: str | None = None) -> tu
             f"the run {run.folder} has {outputs} classes, {split.table.path} has {split.table.num_classes}: use a run "
             "and a table of the same classes"
         )
+    shape, channels = split.manifest.settings.get("shape"), run.model.info.channels
+    if run.model.info.embeddings and (shape or [0])[0] != channels:
+        raise SettingsError(
+            f"the run {run.folder} was trained on embeddings of {channels} values, those of {split.name} have shape "
+            f"{shape}: use embeddings of the same network"
+        )
     data = dataclasses.replace(run.settings.data, root=root or run.settings.data.root)
     train = open_split(data, data.train_split, data.train_labels, images=data.images)
     check_same_classes(train.table, split.table)

@@ -20,6 +20,7 @@ from paml.runs.journal import Journal
 from paml.runs.stopping import stopping
 from paml.runs.system import SystemSampler
 from paml.training.data import RunData, Split, open_data
+from paml.training.embeddings import with_embeddings
 from paml.training.hooks import RunHooks, terminal_progress
 from paml.training.loop import train as run_loop
 from paml.training.meter import log_positions
@@ -70,7 +71,7 @@ def train(
     FINISHED, FAILED or KILLED.
     """
     data = open_data(settings.data)
-    settings = claim_run(with_reject_rate(settings, data, log))
+    settings = claim_run(with_reject_rate(with_embeddings(settings, data), data, log))
     folder = settings.run.folder
     context = RunContext(settings, folder, data, Journal(folder, "driver"))
     if connect is not None:

@@ -24,8 +24,6 @@ class ShardSettings:
     """Average number of images per shard; the numbers vary by about its square root."""
     seed: int = 0
     """Seed of the hash that determines the shard of an image and its position in it."""
-    strict: bool = True
-    """Reject JPEG files that decode with warnings (corrupt data)."""
     max_pixels: int = 1 << 27
     """Reject images with more pixels, which could exhaust the memory."""
 

@@ -35,6 +35,8 @@ from paml.shards.spill import Spill, digest_set, read_spills, spill_stem
 from paml.sources.parts import Part, Payload
 from paml.tasks import LocalTaskRunner, TaskRunner, claim_folder, file_lock, run_tasks
 
+MISSING_REASON = "requested, but in no source"
+"""In the rejects file, of an image that no part has."""
 _MAX_SHARDS = 10_000_000
 _MAX_ROUNDS = 5
 _READ_THREADS = 16
@@ -271,7 +273,7 @@ def _finish(
     if wanted is not None:
         missing = _without(_without(wanted, batch.column("key")), unusable)
     rejected = pa.concat_arrays([unusable, missing]).sort()  # millions of images may be missing
-    write_rejects(job.out, ((key, reasons.get(key, "requested, but in no source")) for key in map(str, rejected)))
+    write_rejects(job.out, ((key, reasons.get(key, MISSING_REASON)) for key in map(str, rejected)))
     read = sum(spill.end - spill.first - spill.absent for spill in spills)
     unwanted = sum(spill.unwanted for spill in spills)
     if not batch.num_rows:

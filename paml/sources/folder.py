@@ -1,6 +1,7 @@
 """Images as files below a folder, local or remote: all that are listed, or those of the wanted keys."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -8,11 +9,18 @@ from paml import storage
 from paml.errors import DataError, check_setting
 from paml.parsing import safe_join
 from paml.sources.fetch import read_concurrently, read_object
-from paml.sources.parts import ImageRequest, ImageSet, KeyRule, Part, Payload, fingerprint
+from paml.sources.parts import KeyRule, Part, Payload, fingerprint
 
 PER_PART = 2000
 IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".ppm", ".pgm")
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+        *(".avif", ".heic", ".heif", ".hif", ".pbm", ".pgm", ".pnm", ".ppm"),
+    )
+)
+
+_LABEL_SUFFIXES = frozenset(
+    (".csv", ".tsv", ".json", ".jsonl", ".txt", ".md", ".xml", ".yaml", ".yml", ".parquet", ".arrow")
 )
 
 
@@ -27,18 +35,6 @@ def is_image(name: str) -> bool:
     return not base.startswith(".") and os.path.splitext(base)[1].lower() in IMAGE_SUFFIXES
 
 
-def folder_source(request: ImageRequest) -> ImageSet:
-    """List the split's folder; or, if it does not exist and that is allowed, the folder shared by all splits."""
-    if request.shared_folder and not storage.is_remote(request.images) and not os.path.isdir(request.folder):
-        return ImageSet(folder_parts(request.images, keys=request.keys), only_labeled=True)
-    return ImageSet(folder_parts(request.folder, keys=request.keys))
-
-
-def bucket_source(request: ImageRequest) -> ImageSet:
-    """Read {split}/{key}.jpg of each labeled image, without listing the bucket."""
-    return ImageSet(bucket_parts(request.images, request.table.keys(), request.split), only_labeled=True)
-
-
 def folder_parts(folder: str | os.PathLike[str], per_part: int = PER_PART, *, keys: KeyRule = "name") -> list[Part]:
     """The image files below `folder` (local or `s3://bucket/prefix`, listed once), in parts of `per_part` files.
 
@@ -47,7 +43,7 @@ def folder_parts(folder: str | os.PathLike[str], per_part: int = PER_PART, *, ke
     no image in it, StorageError if it cannot be listed.
     """
     root = os.fspath(folder)
-    images = list(_list_images(root))
+    images, _ = list_folder(root)
     if not images:
         raise DataError(f"{root} has no image ({', '.join(sorted(IMAGE_SUFFIXES))}): name the folder of the images")
     files = [(key_of(name, keys), name) for name, _ in images]
@@ -108,14 +104,21 @@ def _read_file(folder: str, file: tuple[str, str]) -> Payload:
     return read_object(path)
 
 
-def _list_images(root: str) -> Iterator[tuple[str, int]]:
-    """(path below the folder, bytes) of each image file."""
-    if storage.is_remote(root):
-        yield from ((name, size) for name, size in storage.list_objects(root) if is_image(name))
-        return
-    if not os.path.isdir(root):
+def list_folder(root: str) -> tuple[list[tuple[str, int]], Counter[str]]:
+    """(path below the folder, bytes) of each image file, and how many other files there are by suffix, without hidden
+    files and files of labels. Raises DataError if there is no such folder, StorageError if it cannot be listed."""
+    if not storage.is_remote(root) and not os.path.isdir(root):
         raise DataError(f"{root} is not a folder: name the folder of the images")
-    yield from _walk(root, "")
+    listing = storage.list_objects(root) if storage.is_remote(root) else _walk(root, "")
+    images: list[tuple[str, int]] = []
+    others: Counter[str] = Counter()
+    for name, size in listing:
+        base, suffix = name.rsplit("/", 1)[-1], os.path.splitext(name)[1].lower()
+        if is_image(name):
+            images.append((name, size))
+        elif not base.startswith(".") and suffix not in _LABEL_SUFFIXES:
+            others[suffix or "no suffix"] += 1
+    return images, others
 
 
 def _walk(root: str, below: str, parents: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:
@@ -127,11 +130,10 @@ def _walk(root: str, below: str, parents: tuple[tuple[int, int], ...] = ()) -> I
         entries = sorted((entry.name, entry) for entry in listing)
     for name, entry in entries:
         path = f"{below}/{name}" if below else name
-        if entry.is_dir():
-            if not name.startswith("."):
-                yield from _walk(root, path, (*parents, inode))
-        elif is_image(name):
+        if not entry.is_dir():
             yield path, _size_of(entry)
+        elif not name.startswith("."):
+            yield from _walk(root, path, (*parents, inode))
 
 
 def _size_of(entry: os.DirEntry[str]) -> int:

@@ -12,9 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from paml import storage
-from paml.labels.table import LabelTable
-
 KeyRule = Literal["name", "path"]
 """`name`: the key is the file name without folders and suffix. `path`: its path below the folder, without suffix."""
 Payload = bytes | str | os.PathLike[str] | Exception
@@ -44,36 +41,6 @@ class Part:
 
     def __iter__(self) -> Iterator[tuple[str, Payload]]:
         return self.read()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageRequest:
-    """What a source is asked for: the images of one split."""
-
-    images: str
-    """Folder or s3://bucket/prefix of the images of all splits."""
-    split: str
-    table: LabelTable
-    """The labels of the split."""
-    keys: KeyRule = "name"
-    shared_folder: bool = False
-    """Images may be in one folder for all splits; the label table then decides which belong to the split."""
-
-    @property
-    def folder(self) -> str:
-        """The folder of the split."""
-        return storage.join(self.images, self.split)
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """What a source returns."""
-
-    parts: list[Part]
-    only_labeled: bool = False
-    """Whether images without a label are left out."""
-    count: Callable[[], int] | None = None
-    """Counts or estimates the images, if the parts do not know their number."""
 
 
 def fingerprint(texts: Iterable[str]) -> str:

@@ -1,4 +1,9 @@
-"""Files of the Open Images releases: downloaded and verified (V3), and found by name in a folder (V3 to V7)."""
+"""Files of the Open Images releases: downloaded and verified (V3), and found in a folder (V3 to V7).
+
+In a folder they have their names on the server, or the names and folders of FiftyOne's dataset zoo
+(`fiftyone/utils/openimages.py`): {split}/labels/classifications.csv, {split}/data/{ImageID}.jpg and, once or in each
+split, metadata/classes.csv.
+"""
 
 import hashlib
 import json
@@ -227,14 +232,16 @@ class ReleaseFiles(NamedTuple):
     annotations: str
     """Human-verified image-level labels: `ImageID,Source,LabelName,Confidence`."""
     classes: str
-    """The trainable classes, one MID per line."""
+    """The classes: of the release the trainable ones, one MID per line, or if it has no such list all of
+    `descriptions`."""
     descriptions: str | None
-    """MID and name; None if the folder has none: classes are then named by their MIDs."""
+    """CSV of MID and name; None if the folder has none: classes are then named by their MIDs."""
     images: str | None
     """The image list with the original addresses, needed by `flickr_parts`; None if the folder has none."""
 
 
 _LABELS = "annotations-human-imagelabels.csv"
+_FIFTYONE_LABELS = "labels/classifications.csv"
 
 
 def _paths_of(split: str) -> dict[str, ReleaseFiles]:
@@ -257,20 +264,24 @@ def _paths_of(split: str) -> dict[str, ReleaseFiles]:
 
 
 def find_release_files(folder: str, split: str) -> ReleaseFiles:
-    """The files of a release in `folder` (local or S3), under their names on the server.
+    """The files of a release in `folder` (local or S3), under their names on the server or in FiftyOne's layout.
 
-    They may be in the server's folders, in folders named by split, or all in one. split: train, validation or test.
-    Raises DataError for the files of several releases, and for a missing file, with its address.
+    Names of the server may be in its folders, in folders named by split, or all in one. split: train, validation or
+    test. Raises DataError for the files of several releases, and for a missing file, with its address.
     """
     if split not in SPLITS:
         raise DataError(f"{split!r} is not a split of Open Images: allowed are {', '.join(SPLITS)}")
     paths = _paths_of(split)
     located = {path: _locate(folder, path, split) for path in {str(path) for files in paths.values() for path in files}}
     files_of = {version: [located[str(path)] for path in files] for version, files in paths.items()}
-    complete = {version: files for version, files in files_of.items() if files[0] and files[1]}
-    if len({(files[0], files[1]) for files in complete.values()}) > 1:
+    files_of["FiftyOne's"] = _fiftyone_files(folder, split)
+    described = {v: [files[0], files[2], *files[2:]] for v, files in files_of.items() if files[0] and files[2]}
+    complete = {v: files for v, files in files_of.items() if files[0] and files[1]} or described
+    names = dict.fromkeys([*complete, *described])
+    annotation_files = {files_of[version][0] for version in names}
+    if len(annotation_files) > 1 or len({(files[0], files[1]) for files in complete.values()}) > 1:
         raise DataError(
-            f"{folder} has the files of several releases ({', '.join(complete)}) for {split!r}: keep one per folder"
+            f"{folder} has the files of several releases ({', '.join(names)}) for {split!r}: keep one per folder"
         )
     if not complete:
         raise DataError(_missing_message(folder, split, paths, files_of))
@@ -279,24 +290,76 @@ def find_release_files(folder: str, split: str) -> ReleaseFiles:
     return ReleaseFiles(str(annotations), str(classes), *others)
 
 
+def images_folder_of(folder: str, split: str) -> str | None:
+    """The folder of a split's images if `folder` is in FiftyOne's layout, which has them next to the labels."""
+    annotations = storage.join(folder, split, _FIFTYONE_LABELS)
+    return storage.join(folder, split, "data") if storage.exists(annotations) else None
+
+
+def detect_openimages(labels: str) -> str | None:
+    """Whether a folder has human-verified labels of Open Images, under a name that `find_release_files` knows."""
+    try:
+        path = next((path for split in SPLITS if (path := _find_annotations(labels, split))), None)
+    except (OSError, ValueError):  # storage that does not respond, a path with a zero byte
+        return None
+    return None if path is None else f"labels of Open Images in {path}"
+
+
+def _find_annotations(folder: str, split: str) -> str | None:
+    """The path below `folder` of a split's annotations, of any release."""
+    candidates = [f"{split}/{_FIFTYONE_LABELS}"]
+    candidates += [c for files in _paths_of(split).values() for c in _candidates(files.annotations, split)]
+    return next((c for c in dict.fromkeys(candidates) if storage.exists(storage.join(folder, c))), None)
+
+
+def _fiftyone_files(folder: str, split: str) -> list[str | None]:
+    """The files of a split in FiftyOne's layout, in the order of ReleaseFiles; it has no list of trainable classes."""
+
+    def find(*paths: str) -> str | None:
+        return next((found for path in paths if storage.exists(found := storage.join(folder, path))), None)
+
+    annotations = find(f"{split}/{_FIFTYONE_LABELS}")
+    if annotations is None:
+        return [None] * len(ReleaseFiles._fields)
+    classes = find(*(f"{place}metadata/classes.csv" for place in (f"{split}/", "", *(f"{s}/" for s in SPLITS))))
+    return [annotations, None, classes, find(f"{split}/metadata/image_ids.csv")]
+
+
 def _locate(folder: str, path: str, split: str) -> str | None:
     """The path of a file of the server below `folder`, if it exists."""
+    return next((found for c in _candidates(path, split) if storage.exists(found := storage.join(folder, c))), None)
+
+
+def _candidates(path: str, split: str) -> list[str]:
+    """Where a file of the server may be in a user's folder."""
     below, name = path.split("/", 1)[1], posixpath.basename(path)
     candidates = [path, below, f"{split}/{name}"]
     if split in name or "-val-" in name or name.endswith(("classes-trainable.txt", "class-descriptions.csv")):
         candidates.append(name)
-    return next((found for c in candidates if storage.exists(found := storage.join(folder, c))), None)
+    return candidates
 
 
 def _missing_message(
     folder: str, split: str, paths: Mapping[str, ReleaseFiles], files_of: Mapping[str, Sequence[str | None]]
 ) -> str:
-    started = [version for version, files in files_of.items() if files[0] or files[1]]
+    started = [version for version in paths if files_of[version][0] or files_of[version][1]]
+    if files_of["FiftyOne's"][0]:
+        return (
+            f"{folder} has no metadata/classes.csv for {split!r}, the classes of FiftyOne's layout: download "
+            f"{BASE}/v5/class-descriptions-boxable.csv and give it this name"
+        )
+    if storage.exists(storage.join(folder, _FIFTYONE_LABELS)):
+        return (
+            f"{folder} is a single split in FiftyOne's layout: set labels to the folder that has {split}/, and splits "
+            "to those that are there"
+        )
     if not started:
         names = ", ".join(dict.fromkeys(files.annotations for files in paths.values()))
+        others = [name for name in SPLITS if _find_annotations(folder, name)]
+        fix = f"Set splits to '[{', '.join(others)}]', which it has, or" if others else "Set"
         return (
-            f"{folder} has no annotations of {split!r}: looked for {names}. Set release_from to download those of "
-            f"V3; the others are below {BASE}"
+            f"{folder} has no annotations of {split!r}: looked for {names} and {split}/{_FIFTYONE_LABELS}. {fix} "
+            f"openimages.download_from to download V3; the other releases are below {BASE}"
         )
     version = next((version for version in reversed(started) if files_of[version][0]), started[-1])
     has_annotations = files_of[version][0] is not None

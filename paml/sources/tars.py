@@ -21,13 +21,13 @@ from typing import Any, NamedTuple, cast
 from paml import storage
 from paml.errors import DataError
 from paml.parsing import PARSE_ERRORS
-from paml.sources.folder import is_image, key_of
-from paml.sources.parts import MAX_IMAGE_BYTES, ImageRequest, ImageSet, Part, Payload, fingerprint
+from paml.sources.folder import is_image
+from paml.sources.matching import file_key
+from paml.sources.parts import MAX_IMAGE_BYTES, KeyRule, Part, Payload, fingerprint
 from paml.storage import StorageError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-_TYPICAL_IMAGE_BYTES = 300_000
 _BLOCK = 512
 _MAX_HEADER_BYTES = 1 << 14
 """Of one header with a long name or extra fields; names have at most 4,096 bytes."""
@@ -103,26 +103,6 @@ class _BoundedFile:
     def _check_size(self, offset: int) -> None:
         if self._max_bytes is not None and offset > self._max_bytes:
             raise tarfile.ReadError(f"it unpacks to more than {_MAX_RATIO} times its size")
-
-
-def tar_source(request: ImageRequest) -> ImageSet:
-    """Read the images of {split}*.tar, {split}*.tar.gz and so on in the images folder."""
-    paths = tars_of_split(request.images, request.split)
-    if not paths:
-        raise DataError(
-            f"no images of split {request.split!r}: neither a folder {request.folder} nor files {request.split}*.tar "
-            f"in {request.images}; set images to the folder that has them"
-        )
-    parts = tar_parts(paths)
-    if any(storage.is_remote(path) for path in paths):
-        return ImageSet(parts, count=lambda: sum(-(-(part.bytes or 0) // _TYPICAL_IMAGE_BYTES) for part in parts))
-    return ImageSet(parts, count=lambda: count_tars(paths))
-
-
-def tars_of_split(folder: str, split: str) -> list[str]:
-    """The tar files below `folder` whose names start with the split."""
-    names = [name for name in storage.list_files(folder) if name.rsplit("/", 1)[-1].startswith(split)]
-    return [storage.join(folder, name) for name in names if name.endswith(TAR_SUFFIXES)]
 
 
 def list_tars(paths: Paths) -> list[str]:
@@ -233,32 +213,40 @@ def open_tar(path: str) -> io.BufferedReader:
     return io.BufferedReader(io.FileIO(path), 1 << 20)
 
 
-def tar_parts(paths: Paths) -> list[Part]:
+def tar_parts(paths: Paths, keys: KeyRule = "name") -> list[Part]:
     """Tar files, local or remote, plain or compressed, one per part; a folder stands for all tar files below it.
 
-    Images are in the order of the archive; the key is the member's name without folders and suffix. A damaged tar
-    file yields the images before the damage and then (its path, the TarDamage), which ends up among the rejects.
-    Raises DataError as `list_tars`.
+    Images are in the order of the archive; keys are those of files in a folder. Raises DataError as `list_tars`.
     """
-    parts = []
-    for path in list_tars(paths):
-        size = storage.size_of(path)
-        name = f"{os.path.basename(path)}-{fingerprint([path, str(size)])}"
-        parts.append(Part(name, partial(_read_images, path), bytes=size))
-    return parts
+    return [tar_part(path, partial(_image_key, keys), keys) for path in list_tars(paths)]
 
 
-def _read_images(path: str) -> Iterator[tuple[str, Payload]]:
+def tar_part(path: str, key_of_member: Callable[[str], str | None], rule: str) -> Part:
+    """The images of one tar file: the members that have a key.
+
+    rule: identifies `key_of_member`, for the part's name. A damaged tar file yields the images before the damage and
+    then (its path, the TarDamage), which ends up among the rejects.
+    """
+    size = storage.size_of(path)
+    name = f"{os.path.basename(path)}-{fingerprint([path, str(size), rule])}"
+    return Part(name, partial(_read_images, path, key_of_member), bytes=size)
+
+
+def _image_key(rule: KeyRule, name: str) -> str | None:
+    return file_key(name, rule) if is_image(name) else None
+
+
+def _read_images(path: str, key_of_member: Callable[[str], str | None]) -> Iterator[tuple[str, Payload]]:
     try:
         with open_tar(path) as file:
             file.peek(_BLOCK)  # tarfile would report an error of its first read as an invalid tar file
             for member in walk_tar(file, path):
-                if is_image(member.name):
+                if (key := key_of_member(member.name)) is not None:
                     try:
                         payload: Payload = member.read()
                     except BadMember as error:
                         payload = error
-                    yield key_of(member.name), payload
+                    yield key, payload
     except TarDamage as damage:
         yield path, damage
     except (StorageError, FileNotFoundError):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paml.errors import DataError, SettingsError
 from paml.metrics import read_pairs
+from paml.models.backbones import check_takes_images
 from paml.runs.folder import pairs_path, read_result, settings_of_run
 from paml.tracking import sync
 from paml.tracking.mlflow_sink import MlflowSink, bounded_calls, connect
@@ -69,6 +70,7 @@ class Registered(NamedTuple):
 
 def register_run(settings: RegisterSettings, log: Callable[[str], None] = print) -> Registered:
     """Register a finished run's final model and log the outcome. Raises as `score_of_run` and `register_model` do."""
+    check_takes_images(settings_of_run(settings.run).model, settings.run)
     model = register_model(settings.run, settings.name, score_of_run(settings.run), settings.tracking_uri)
     role = "candidate and champion" if model.champion else "candidate, not champion"
     log(f"registered {settings.run} as {settings.name} version {model.version}: {role} ({model.reason})")

@@ -7,6 +7,7 @@ import numpy as np
 
 from paml import storage
 from paml.data.augment import Augmentation
+from paml.data.embeddings import open_embeddings
 from paml.data.loader import LabelSource, Loader, LoaderOptions
 from paml.data.plan import EpochPlan, ImageChoice, Samples, join, plan_epoch, worker_slots
 from paml.data.readers import CachedFeatures
@@ -32,7 +33,7 @@ class Split:
     truth: LabelTable | None = None
     truth_rows: np.ndarray | None = None
     features: CachedFeatures | None = None
-    """Cached features to use instead of the images (model.train_from)."""
+    """Cached features (model.train_from) or embeddings (data.embeddings) to use instead of the images."""
 
     @property
     def image_size(self) -> int:
@@ -41,8 +42,7 @@ class Split:
 
     def subset(self, positions: np.ndarray) -> "Split":
         """The split with only the samples at these positions, in this order."""
-        selected = {name: getattr(self.samples, name)[positions] for name in ("index", "row", "shard")}
-        return dataclasses.replace(self, samples=dataclasses.replace(self.samples, **selected))
+        return dataclasses.replace(self, samples=self.samples.subset(positions))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,12 @@ class RunData:
     def splits(self) -> tuple[Split, ...]:
         """The existing splits, training first."""
         return tuple(split for split in (self.train, self.validation, self.test) if split is not None)
+
+    @property
+    def input_text(self) -> str:
+        """What the model gets: `224 px`, or `embeddings [768, 1, 1]`."""
+        shape = self.train.manifest.settings.get("shape")
+        return f"{self.image_size} px" if shape is None else f"embeddings {shape}"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -89,24 +95,30 @@ def open_data(settings: DataSettings) -> RunData:
 def open_split(
     settings: DataSettings, split: str, labels: str, *, images: ImageChoice, truth: str | None = None
 ) -> Split:
-    """Open the shards of a split and the label tables `labels` and `truth`, paths in `settings.root`.
+    """Open the shards (or embeddings) of a split and the label tables `labels` and `truth`, paths in `settings.root`.
 
     `truth` may be missing. Raises DataError, SettingsError.
     """
     check_setting(bool(settings.root), "data.root", settings.root, "a folder written by `paml prepare`")
-    folder = storage.join(settings.root, "shards", split)
-    _check_exists(storage.join(folder, "manifest.arrow"), settings)
-    manifest = Manifest.open(folder)
     table_path = storage.join(settings.root, labels)
+    folder = storage.join(settings.root, "shards", split)
+    if settings.embeddings is None:
+        _check_exists(storage.join(folder, "manifest.arrow"), settings)
     _check_exists(table_path, settings)
     table = LabelTable.open(table_path)
+    if settings.embeddings is None:
+        manifest, features = Manifest.open(folder), None
+    else:
+        manifest, features = open_embeddings(settings, split, table)
     samples = join(manifest, table, images)
+    if features is not None:  # a file may have the embeddings of all splits
+        samples = samples.subset(np.flatnonzero(samples.row >= 0))
     if truth is None or not storage.exists(storage.join(settings.root, truth)):
-        return Split(split, manifest, table, samples)
+        return Split(split, manifest, table, samples, features=features)
     full = LabelTable.open(storage.join(settings.root, truth))
     check_same_classes(table, full)
     rows = np.asarray(full.rows_of(manifest.keys()))[samples.index]
-    return Split(split, manifest, table, samples, full, rows)
+    return Split(split, manifest, table, samples, full, rows, features)
 
 
 def _check_exists(path: str, settings: DataSettings) -> None:

@@ -24,7 +24,7 @@ from paml.data.device import Normalizer
 from paml.data.loader import Batch, Loader
 from paml.data.plan import EpochPlan, Samples
 from paml.data.readers import CachedFeatures, decode_images
-from paml.data.settings import DataSettings
+from paml.data.settings import features_folder
 from paml.errors import SettingsError
 from paml.models import CamClassifier
 from paml.parsing import PARSE_ERRORS, check_not_symlink, open_no_follow, parse_json_object
@@ -40,18 +40,6 @@ BATCH = 32
 
 Features = tuple[np.ndarray, dict[int, str]]
 """float16 [n, h, w, C], and the manifest positions of unreadable images with the reasons."""
-
-
-def features_folder(settings: DataSettings) -> str:
-    """The folder of the cached features. Raises SettingsError if it is not on a local disk."""
-    if settings.features_dir is not None:
-        if storage.is_remote(settings.features_dir):
-            raise SettingsError(f"data.features_dir is {settings.features_dir}: set it to a local folder")
-        return settings.features_dir
-    root = settings.root
-    if storage.is_remote(root):
-        root = settings.cache_dir or storage.cache_folder()
-    return os.path.join(root, "features")
 
 
 def with_features(

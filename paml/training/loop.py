@@ -24,6 +24,7 @@ from paml.training.checkpoint import (
     write_checkpoint,
 )
 from paml.training.data import RunData, Split, eval_loader, open_data, train_loader
+from paml.training.embeddings import with_embeddings
 from paml.training.epoch_metrics import epoch_line, epoch_metrics, score_metrics, usage_metrics
 from paml.training.evaluate import score_pairs, scores_by_alpha
 from paml.training.features import with_features
@@ -64,7 +65,7 @@ def train(settings: TrainSettings, world: World, hooks: RunHooks, data: RunData 
     data = data or open_data(settings.data)
     if not world.first:
         hooks = dataclasses.replace(hooks, record_metrics=RunHooks.record_metrics, log=lambda line: None)
-    settings = with_reject_rate(settings, data, hooks.log)
+    settings = with_reject_rate(with_embeddings(settings, data), data, hooks.log)
     model = build_model(settings.model, len(data.classes), seed=settings.seed)
     state = TrainState(settings, world, model, data)
     POSITION.run, POSITION.rank = settings.run.name or "", world.rank
@@ -140,7 +141,7 @@ def _log_summary(state: TrainState, data: RunData, hooks: RunHooks) -> None:
     dtype = str(state.autocast or torch.float32).removeprefix("torch.")
     hooks.log(
         f"{len(samples):,} training images ({samples.unlabeled:,} images without labels and {samples.missing:,} "
-        f"labeled images that are not in the shards are skipped), {state.num_classes:,} classes, {data.image_size} px, "
+        f"labeled images that are not in the shards are skipped), {state.num_classes:,} classes, {data.input_text}, "
         f"{state.steps_per_epoch} steps of {settings.batch_size} per epoch, {state.world.size} worker(s) on "
         f"{state.world.device.type} in {dtype}"
     )

@@ -137,6 +137,16 @@ class TrainSettings:
                 f"({self.model.train_from}) are those of whole images: set data.min_crop_area to 1 or "
                 "model.train_from to null"
             )
+        if self.data.embeddings is not None:
+            for name, conflicts in (
+                ("model.train_from", self.model.train_from is not None),
+                ("data.min_crop_area", self.data.min_crop_area < 1),
+                ("run.register", self.run.register is not None),
+            ):
+                if conflicts:
+                    raise SettingsError(f"{name} is set, but data.embeddings has no images: set {name} to its default")
+        elif self.model.embedding_channels is not None:
+            raise SettingsError(f"model.backbone is {self.model.backbone}: set data.embeddings instead")
         pool, divisors = self.loss.reject_pool, f"a divisor of batch_size ({self.batch_size}), or null"
         check_setting(pool is None or self.batch_size % pool == 0, "loss.reject_pool", pool, divisors)
 
@@ -165,6 +175,7 @@ MAY_DIFFER = (
     "workers",
     "checkpoint.keep",
     "data.root",
+    "data.embeddings",
     "model.weights",
     "data.decode_threads",
     "data.cache_dir",
@@ -193,7 +204,7 @@ def with_absolute_paths(settings: TrainSettings, base: str) -> TrainSettings:
     return dataclasses.replace(
         settings,
         run=replaced(settings.run, "storage"),
-        data=replaced(settings.data, "root", "cache_dir", "features_dir"),
+        data=replaced(settings.data, "root", "embeddings", "cache_dir", "features_dir"),
         model=replaced(settings.model, "weights") if from_file else settings.model,
         loss=dataclasses.replace(settings.loss, p_asl=replaced(settings.loss.p_asl, "prior_file")),
     )

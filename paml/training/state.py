@@ -60,7 +60,7 @@ class TrainState:
         """Optimizer steps done in the run."""
         self.steps_per_epoch = EpochPlan(data.train.samples.index, settings.batch_size).steps
         self.model = model.to(world.device)
-        model.on_features = settings.model.train_from is not None
+        model.on_features = model.info.embeddings or settings.model.train_from is not None
         self.ema_model = copy.deepcopy(model).eval() if settings.optimizer.ema_decay else None
         self.start_phase()
         self.autocast = autocast_dtype(settings.precision, world.device)
@@ -158,7 +158,8 @@ def _distributed(model: CamClassifier, world: World) -> nn.Module:
 
     devices = [world.device.index] if world.device.type == "cuda" else None
     network = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-    blank = torch.zeros(1, 3, 64, 64, device=world.device)
+    shape = (1, model.info.channels, 1, 1) if model.info.embeddings else (1, 3, 64, 64)
+    blank = torch.zeros(shape, device=world.device)
     with evaluation_mode(network):
         if model.on_features:
             with torch.no_grad():

@@ -20,7 +20,8 @@ from paml.errors import DataError, SettingsError
 from paml.labels import POSITIVE, UNOBSERVED, LabelTable
 from paml.models.backbones import IMAGENET_MEAN, IMAGENET_STD
 from paml.models.cam import build_model
-from paml.preparation.prepare import PrepareSettings, prepare
+from paml.preparation.prepare import prepare
+from paml.preparation.settings import PrepareSettings
 from paml.settings import flatten
 from paml.shards import Manifest, ShardSettings
 from paml.training.checkpoint import list_checkpoints, read_checkpoint
@@ -249,10 +250,11 @@ def test_verdicts_become_a_new_version_of_the_prepared_tables(tmp_path: Path) ->
     shutil.copytree(scenes / "2017_11", scenes / "full")
     options = {
         "out": str(tmp_path / "data"),
-        "release": str(scenes / "2017_11"),
+        "labels": str(scenes / "2017_11"),
         "images": str(scenes / "images"),
         "full_labels": str(scenes / "full"),
-        "single_positive_seed": 3,
+        "protocol": "single-positive",
+        "protocol_seed": 3,
         "splits": ("train",),
         "shards": ShardSettings(size=32, samples_per_shard=15),
         "workers": 1,

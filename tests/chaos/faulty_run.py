@@ -150,7 +150,7 @@ class Training:
         }
         env = environment(**(self.services.s3.environment | variables))
         if self.form != "plain" and self.services.ray is not None:
-            env = {**self.services.ray.environment, **env, "RAY_ADDRESS": self.services.ray.environment["RAY_ADDRESS"]}
+            env |= {name: value for name, value in self.services.ray.environment.items() if name.startswith("RAY_")}
         if self.clock_jumps:
             env |= {
                 "LD_PRELOAD": FAKETIME,

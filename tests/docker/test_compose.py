@@ -216,7 +216,7 @@ def _check(stack: Stack) -> None:
     stack.python(SCENES)
     stack(
         "exec", "-T", "ray-head", "python", "/opt/paml/jobs/prepare_openimages.py",
-        "--release", "/scratch/scenes/2017_11", "--images", "/scratch/scenes/images", "--out", "s3://paml/data",
+        "--labels", "/scratch/scenes/2017_11", "--images", "/scratch/scenes/images", "--out", "s3://paml/data",
         "--shards.size", "32", "--shards.samples_per_shard", "50", "--ray", "false", "--workers", "1",
     )  # fmt: skip
     submit(stack, "undisturbed")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from paml import storage
-from paml.preparation.prepare import PrepareSettings, prepare
+from paml.preparation.prepare import prepare
+from paml.preparation.settings import PrepareSettings
 from paml.shards import ShardSettings, verify_shards
 from tests.faults.conftest import PATIENCE
 from tests.helpers.fault_proxy import FaultyS3, faulty_s3
@@ -60,7 +61,7 @@ def test_preparation_in_a_bucket_writes_the_same_bytes(faulty: FaultyS3, bucket:
     scenes = write_scenes(tmp_path / "scenes", train=120, others=20)
     local = PrepareSettings(
         out=str(tmp_path / "local"),
-        release=str(scenes / "2017_11"),
+        labels=str(scenes / "2017_11"),
         images=str(scenes / "images"),
         shards=ShardSettings(size=32, samples_per_shard=20),
         workers=2,
@@ -74,7 +75,7 @@ def test_preparation_in_a_bucket_writes_the_same_bytes(faulty: FaultyS3, bucket:
             dataclasses.replace(
                 local,
                 out=out,
-                release=f"{bucket}/scenes/2017_11",
+                labels=f"{bucket}/scenes/2017_11",
                 images=f"{bucket}/scenes/images",
                 images_from=images_from,
                 only_labeled=only_labeled,

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from paml.preparation.prepare import PrepareSettings, prepare
+from paml.preparation.prepare import prepare
+from paml.preparation.settings import PrepareSettings
 from paml.shards import ShardSettings
 from paml.sources.digit_scenes import write_digit_scenes
 
@@ -47,7 +48,8 @@ def prepare_scenes(scenes: Path, out: Path, *, size: int = 32, full_labels: bool
     """Write shards and label tables of `scenes`; returns the prepared folder."""
     settings = PrepareSettings(
         out=str(out),
-        release=str(scenes / "2017_11"),
+        source="openimages",
+        labels=str(scenes / "2017_11"),
         images=str(scenes / "images"),
         full_labels=str(scenes / "full-labels") if full_labels else None,
         shards=ShardSettings(size=size, samples_per_shard=50),

@@ -62,7 +62,7 @@ def prepared(data: Path, tmp_path: Path) -> Path:
 def prepare_options(scenes: Path, out: Path, *more: object) -> list[object]:
     """Options of `paml prepare` for the train split only."""
     return [
-        "--release", scenes / "2017_11", "--images", scenes / "images", "--out", out, "--splits", '["train"]',
+        "--labels", scenes / "2017_11", "--images", scenes / "images", "--out", out, "--splits", '["train"]',
         "--shards.size", 32, "--shards.samples_per_shard", 15, "--workers", 1, *more,
     ]  # fmt: skip
 
@@ -147,13 +147,18 @@ def test_truncated_source_tar_is_named(run: Run, copy: Path, tmp_path: Path, rec
     tar = tmp_path / "tars" / "train_0.tar"
     tar.parent.mkdir()
     subprocess.run(["tar", "cf", str(tar), "-C", str(images.parent), "train"], check=True)
-    tar.write_bytes(tar.read_bytes()[:15_000])
+    content = tar.read_bytes()
+    tar.write_bytes(content[: len(content) * 3 // 4])
     status, output = run("prepare", *prepare_options(copy, tmp_path / "out", "--images", tar.parent))
     (line,) = [line for line in output.splitlines() if "  rejected: " in line]
     record_property("message", line)
     assert status == 0
     assert str(tar) in line
     assert "cut" in line or "truncated" in line
+    tar.write_bytes(content[:15_000])
+    status, output = run("prepare", *prepare_options(copy, tmp_path / "out2", "--images", tar.parent))
+    assert status == 1
+    assert "min_found" in output.splitlines()[-1]
 
 
 def test_no_images(run: Run, copy: Path, tmp_path: Path):

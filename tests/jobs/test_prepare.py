@@ -18,7 +18,8 @@ from paml.distributed.prepare import with_absolute_paths
 from paml.errors import DataError, LabelError, SettingsError
 from paml.labels import LabelTable
 from paml.preparation.plan import plan
-from paml.preparation.prepare import PrepareSettings, prepare
+from paml.preparation.prepare import prepare
+from paml.preparation.settings import OpenImagesSettings, PrepareSettings
 from paml.shards import Manifest, ShardSettings, verify_shards
 from tests.helpers.jobs import PREPARE, Job, environment, write_scenes
 from tests.shards.images import encoded, gradient
@@ -35,7 +36,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings_of(scenes: Path, out: Path, **changes: object) -> PrepareSettings:
     given: dict[str, object] = {
         "out": str(out),
-        "release": str(scenes / "2017_11"),
+        "labels": str(scenes / "2017_11"),
         "images": str(scenes / "images"),
         "shards": SMALL,
         "workers": 2,
@@ -45,7 +46,7 @@ def settings_of(scenes: Path, out: Path, **changes: object) -> PrepareSettings:
 
 def options_of(scenes: Path, out: Path, *more: str) -> list[str]:
     return [
-        *("--out", str(out), "--release", str(scenes / "2017_11"), "--images", str(scenes / "images")),
+        *("--out", str(out), "--labels", str(scenes / "2017_11"), "--images", str(scenes / "images")),
         *("--shards.size", "32", "--shards.samples_per_shard", "20", "--workers", "2", *more),
     ]
 
@@ -83,13 +84,13 @@ def test_file_names_of_later_releases(scenes: Path, tmp_path: Path) -> None:
     for split, short in (("train", "train"), ("validation", "val"), ("test", "test")):
         shutil.copy(v3 / split / "annotations-human.csv", v7 / f"oidv7-{short}-annotations-human-imagelabels.csv")
     for out, release in (("a", v3), ("b", v7)):
-        prepare(settings_of(scenes, tmp_path / out, release=str(release)), lambda line: None)
+        prepare(settings_of(scenes, tmp_path / out, labels=str(release)), lambda line: None)
     for split in SPLITS:
         old, new = (LabelTable.open(str(tmp_path / out / "labels" / f"{split}.arrow")) for out in "ab")
         assert (new.digest, new.names) == (old.digest, old.names)
     (v7 / "oidv7-val-annotations-human-imagelabels.csv").unlink()
     with pytest.raises(DataError, match=r"no oidv7-val-annotations-human-imagelabels\.csv for 'validation'"):
-        prepare(settings_of(scenes, tmp_path / "c", release=str(v7)), lambda line: None)
+        prepare(settings_of(scenes, tmp_path / "c", labels=str(v7)), lambda line: None)
 
 
 def test_missing_images_are_reported(scenes: Path, tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ def test_images_and_a_label_file_per_split(tmp_path: Path) -> None:
         images=str(tmp_path / "images"),
         splits=("train", "test"),
         labels=str(tmp_path / "{split}.csv"),
-        complete_labels=True,
+        unlisted=dict.fromkeys(("train", "test"), "negative"),
         shards=SMALL,
         workers=1,
     )
@@ -245,7 +246,8 @@ def test_one_label_file_is_divided_into_splits(tmp_path: Path) -> None:
         out=str(tmp_path / "out"),
         images=str(tmp_path / "images"),
         labels=str(tmp_path / "labels.csv"),
-        split_fractions=(0.5, 0.25, 0.25),
+        split="0.5,0.25,0.25",
+        unlisted=dict.fromkeys(SPLITS, "negative"),
         shards=SMALL,
         workers=1,
     )
@@ -256,21 +258,22 @@ def test_one_label_file_is_divided_into_splits(tmp_path: Path) -> None:
     assert all(len(split) >= 4 for split in keys)
     assert {report.splits[split].table.classes for split in SPLITS} == {("cat", "dog")}
     with pytest.raises(DataError, match="'test'"):
-        prepare(dataclasses.replace(settings, split_fractions=(0.5, 0.5, 0.0)), lambda line: None)
-    with pytest.raises(LabelError, match=r"missing.csv"):
+        prepare(dataclasses.replace(settings, split="0.5,0.5,0"), lambda line: None)
+    with pytest.raises(DataError, match=r"missing.csv"):
         prepare(dataclasses.replace(settings, labels=str(tmp_path / "missing.csv")), lambda line: None)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"single_positive_seed": 1}, "needs full_labels"),
-        ({"flickr": True, "images_from": "tars"}, "tar files"),
-        ({"labels": "{split}.csv", "full_labels": "full"}, "leave one of them out"),
-        ({"labels": "a.csv", "split_fractions": (0.5, 0.5)}, "3 splits and split_fractions has 2"),
-        ({"labels": "a.csv", "flickr": True}, "flickr"),
+        ({"protocol": "two-positives"}, "protocol is 'two-positives'"),
+        ({"openimages": OpenImagesSettings(flickr=True), "images_from": "tars"}, "tar files"),
+        ({"split": "0.5,0.5"}, "split is '0.5,0.5'"),
+        ({"split": "0.5,0.5,0.1"}, "add up to 1"),
+        ({"unlisted": {"train": "absent"}}, "unlisted is .*absent"),
+        ({"splits": ("train", "val")}, "splits is .*val"),
         ({"images_from": "disk"}, "'disk'; it must be one of auto, folder, bucket, tars"),
-        ({"splits": ()}, "splits is empty"),
+        ({"splits": ()}, "splits is \\(\\)"),
         ({"retries": -1}, "retries is -1"),
     ],
 )
@@ -289,11 +292,12 @@ def test_missing_input_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_relative_paths() -> None:
     settings = PrepareSettings(
-        out="s3://bucket/out", release="a/2017_11", release_from="https://some.where/x", images="/images",
+        out="s3://bucket/out", labels="a/2017_11", images="/images",
+        openimages=OpenImagesSettings(download_from="https://some.where/x"),
         verdicts=("mine.csv", "/other.csv", "s3://bucket/third.csv"),
     )  # fmt: skip
     moved = with_absolute_paths(settings, "/base")
-    assert (moved.out, moved.release, moved.release_from, moved.images, moved.full_labels) == (
+    assert (moved.out, moved.labels, moved.openimages.download_from, moved.images, moved.full_labels) == (
         "s3://bucket/out",
         "/base/a/2017_11",
         "https://some.where/x",

@@ -50,7 +50,7 @@ def test_the_recipe_is_prepared_by_a_submitted_job(head: dict[str, str], checkou
     """Relative paths are relative to PAML_HOME; local images and a local release replace the internet."""
     home = tmp_path / "home"
     scenes = write_scenes(home / "downloads", train=120, others=20)
-    sources = ["--release_from", "null", "--images", str(scenes / "images"), "--images_from", "folder"]
+    sources = ["--openimages.download_from", "null", "--images", str(scenes / "images"), "--images_from", "folder"]
     small_shards = ["--shards.size", "32", "--shards.samples_per_shard", "20", "--label_table.image_ids", "auto"]
     job = ["python", "jobs/prepare_openimages.py", "--config", RECIPE, *sources, *small_shards]
     variables = json.dumps({"env_vars": {"PAML_HOME": str(home)}})
@@ -77,7 +77,7 @@ def test_the_recipe_is_prepared_by_a_submitted_job(head: dict[str, str], checkou
 
     alone = tmp_path / "alone"
     command = [sys.executable, PREPARE, "--config", RECIPE, *sources, *small_shards]
-    command += ["--release", str(home / "downloads" / "2017_11"), "--out", str(alone)]
+    command += ["--labels", str(home / "downloads" / "2017_11"), "--out", str(alone)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     for split, count in (("train", 120), ("validation", 20), ("test", 20)):

@@ -11,7 +11,7 @@ from paml.cli.commands import COMMANDS
 from paml.compare.grid import plan_grid
 from paml.compare.settings import CompareSettings, TuneSettings
 from paml.compare.sweep import plan_sweep
-from paml.preparation.prepare import PrepareSettings
+from paml.preparation.settings import PrepareSettings
 from paml.recipes import FOLDER, find_recipe, recipe_names, summary
 from paml.settings import read_settings
 from paml.training.settings import TrainSettings

@@ -38,6 +38,7 @@ from paml.metrics.calibration import Calibration
 from paml.metrics.pairs import Pairs, read_pairs, write_pairs
 from paml.models.backbones import load_weights
 from paml.parsing import read_json
+from paml.preparation.tables import SplitRecords, find_classes, make_keys, write_table
 from paml.runs.folder import read_result, settings_of_run
 from paml.runs.journal import Journal, JournalReader
 from paml.settings import flatten, settings_from_values
@@ -46,10 +47,17 @@ from paml.shards.images import image_size, prepare_image
 from paml.shards.index import index_shards
 from paml.shards.reader import CorruptSampleError
 from paml.shards.spill import DamagedSpillError, SpillHeader, read_records, read_spill, write_spill
-from paml.sources.coco import coco
-from paml.sources.label_file import build_from_label_file
+from paml.sources.coco import CocoSettings, detect_coco
+from paml.sources.coco import read_coco as read_coco_records
+from paml.sources.fiftyone import FiftyOneSettings, detect_fiftyone, read_fiftyone
+from paml.sources.hf import HFSettings, detect_hf, read_hf
+from paml.sources.label_studio import LabelStudioSettings, detect_label_studio, read_label_studio
+from paml.sources.table import TableSettings, detect_table
+from paml.sources.table import read_table as read_own_table
 from paml.sources.tars import BadMember, TarDamage, open_tar, walk_tar
-from paml.sources.voc import voc
+from paml.sources.voc import VocSettings
+from paml.sources.voc import read_voc as read_voc_records
+from paml.sources.webdataset import WebDatasetSettings, detect_webdataset, read_webdataset
 from paml.storage import StorageError
 from paml.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from paml.training.settings import TrainSettings
@@ -287,7 +295,11 @@ def feed_own(inputs: list[bytes], folder: Path) -> tuple[int, int]:
     path = folder / "own.csv"
     path.write_bytes(b"image,class,state\n" + b"\n".join(inputs) + b"\n")
     try:
-        report = build_from_label_file(str(path), str(folder / "own.arrow"), keys="path", settings=ONE_THREAD)
+        records = read_own_table(str(path), None, TableSettings(form="long"))
+        keys = make_keys(records, "path")
+        split = SplitRecords(records=records, rows=np.arange(len(keys)), keys=keys, unlisted="unobserved")
+        classes = find_classes([records], None)
+        report = write_table(split, classes, str(folder / "own.arrow"), ONE_THREAD, lambda line: None)
     except DOCUMENTED:
         return 0, len(inputs)
     accepted = min(report.table.num_annotations, len(inputs))
@@ -616,7 +628,7 @@ def read_coco(data: bytes, folder: Path) -> None:
     (folder / "train2014").mkdir(exist_ok=True)
     (folder / "train2014" / "0.jpg").write_bytes(b"x")
     (folder / "annotations" / "instances_train2014.json").write_bytes(data)
-    coco(str(folder), str(folder / "out"), splits={"train": "train2014"})
+    read_coco_records(str(folder), None, CocoSettings())
 
 
 def read_voc(data: bytes, folder: Path) -> None:
@@ -624,7 +636,133 @@ def read_voc(data: bytes, folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "ImageSets" / "Main" / "train.txt").write_text("a\n")
     (folder / "Annotations" / "a.xml").write_bytes(data)
-    voc(str(folder), str(folder / "out"), splits={"train": "train"})
+    read_voc_records(str(folder), None, VocSettings())
+
+
+TABLES = (
+    b"image,class,state,split\na.jpg,cat,1,train\nb.jpg,dog,0,val\nc.jpg,cat,unknown,test\n",
+    b"Image Index,Finding Labels\r\na.png,Effusion|Mass\r\nb.png,Mass\r\nc.png,No Finding\r\n",
+    b"filename; cat; dog\na.jpg;1;0\nb.jpg;;-1\n",
+    'image,labels\na,"[""cat"", ""dog""]"\nb,[]\n'.encode("utf-16"),
+    gzip.compress(b"path\tlabel\nx/a.jpg\tcat\n", mtime=0),
+)
+TASKS = [
+    {
+        "id": n,
+        "data": {"image": f"/data/upload/1/0123abcd-{n}.jpg"},
+        "annotations": [
+            {
+                "was_cancelled": False,
+                "result": [
+                    {"from_name": "c", "to_name": "image", "type": "choices", "value": {"choices": ["cat"]}},
+                    {
+                        "from_name": "b",
+                        "to_name": "image",
+                        "type": "rectanglelabels",
+                        "value": {"rectanglelabels": ["a"]},
+                    },
+                ],
+            }
+        ],
+        "predictions": [],
+    }
+    for n in range(3)
+]
+SAMPLES = {
+    "samples": [
+        {
+            "filepath": f"data/{n}.jpg",
+            "tags": ["train"],
+            "positive_labels": {"_cls": "Classifications", "classifications": [{"label": "cat"}]},
+            "negative_labels": {"_cls": "Classifications", "classifications": [{"label": "dog"}]},
+        }
+        for n in range(3)
+    ]
+}
+LVIS = COCO | {
+    "images": [
+        {
+            "id": n,
+            "coco_url": f"http://x/train2017/{n}.jpg",
+            "neg_category_ids": [1],
+            "not_exhaustive_category_ids": [2],
+        }
+        for n in range(4)
+    ]
+}
+
+
+def read_lvis(data: bytes, folder: Path) -> None:
+    (folder / "lvis.json").write_bytes(data)
+    detect_coco(str(folder / "lvis.json"))
+    read_coco_records(str(folder / "lvis.json"), "images", CocoSettings())
+
+
+def read_any_table(data: bytes, folder: Path) -> None:
+    path = str(folder / ("t.csv.gz" if data.startswith(b"\x1f\x8b") else "t.csv"))
+    Path(path).write_bytes(data)
+    detect_table(path)
+    read_own_table(path, None, TableSettings())
+
+
+def read_tasks(data: bytes, folder: Path) -> None:
+    (folder / "tasks.json").write_bytes(data)
+    detect_label_studio(str(folder / "tasks.json"))
+    read_label_studio(str(folder / "tasks.json"), "images", LabelStudioSettings())
+
+
+def read_samples(data: bytes, folder: Path) -> None:
+    (folder / "metadata.json").write_bytes(b"{}")
+    (folder / "samples.json").write_bytes(data)
+    detect_fiftyone(str(folder))
+    read_fiftyone(str(folder), "images", FiftyOneSettings())
+
+
+@functools.cache
+def hf_parquets() -> tuple[bytes, ...]:
+    made = []
+    info = {
+        "info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}}
+    }
+    image = [{"bytes": encoded_image(16, "PNG", n), "path": f"{n}.png"} for n in range(6)]
+    for columns in ({"label": [0, 1, -1] * 2}, {"tags": [["cat"], [], ["dog", "cat"]] * 2}):
+        table = pa.table({"image": pa.array(image), **columns}).replace_schema_metadata(
+            {"huggingface": json.dumps(info)}
+        )
+        out = io.BytesIO()
+        pq.write_table(table, out)
+        made.append(out.getvalue())
+    return tuple(made)
+
+
+def read_hf_file(path: str) -> None:
+    detect_hf(path)
+    records = read_hf(path, None, HFSettings())
+    for part in records.parts or ():
+        list(part)
+
+
+@functools.cache
+def sample_tars() -> tuple[bytes, ...]:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for n in range(3):
+            for suffix, data in (
+                ("png", encoded_image(16, "PNG", n)),
+                ("cls", b"1 2"),
+                ("json", b'{"labels": ["cat"]}'),
+            ):
+                info = tarfile.TarInfo(f"./{n:04}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return (out.getvalue(),)
+
+
+def read_samples_tar(path: str) -> None:
+    detect_webdataset(path)
+    records = read_webdataset(path, None, WebDatasetSettings(labels="cls"))
+    for part in records.parts or ():
+        list(part)
 
 
 BOXES = b"ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax\n" + b"\n".join(
@@ -661,7 +799,7 @@ TARGETS: dict[str, Target] = {
     "own labels, CSV rows": Target(make_own, feed_own, 2048, 255000),
     "own labels, Parquet files": Target(
         lazily(own_parquets),
-        in_file(lambda p: build_from_label_file(p, p + ".out", settings=ONE_THREAD), "own.parquet"),
+        in_file(lambda path: read_own_table(path, None, TableSettings()), "own.parquet"),
         1,
         500,
     ),
@@ -687,6 +825,12 @@ TARGETS: dict[str, Target] = {
     ),
     "boxes, CSV": Target(lazily(lambda: [BOXES]), in_file(lambda p: read_boxes(p, KEYS, MIDS), "b.csv"), 1, 3000),
     "COCO JSON": Target(lambda rng: json_bytes(rng, COCO), one(read_coco), 1, 300),
+    "LVIS JSON": Target(lambda rng: json_bytes(rng, LVIS), one(read_lvis), 1, 60000),
+    "tables": Target(lazily(lambda: TABLES), one(read_any_table), 1, 60000),
+    "Label Studio JSON": Target(lambda rng: json_bytes(rng, TASKS), one(read_tasks), 1, 60000),
+    "FiftyOne JSON": Target(lambda rng: json_bytes(rng, SAMPLES), one(read_samples), 1, 60000),
+    "Hugging Face Parquet": Target(lazily(hf_parquets), in_file(read_hf_file, "h.parquet"), 1, 40000),
+    "WebDataset tars": Target(lazily(sample_tars), in_file(read_samples_tar, "train-0.tar"), 1, 40000),
     "VOC XML": Target(lazily(lambda: [XML]), one(read_voc), 1, 300),
     "settings": Target(make_setting, one(read_setting), 1, 100),
 }

@@ -34,7 +34,7 @@ from paml.sources.fetch import read_object
 from paml.sources.folder import bucket_parts, folder_parts
 from paml.sources.parts import MAX_IMAGE_BYTES, read_parts
 from paml.sources.tars import open_tar, tar_parts, walk_tar
-from paml.sources.voc import voc
+from paml.sources.voc import VocSettings, read_voc
 from paml.spreadsheet import unescape_formula
 from paml.storage import StorageError
 from paml.training.checkpoint import read_checkpoint
@@ -476,11 +476,11 @@ def test_xml_that_expands_or_refers_to_files_is_refused(tmp_path: Path, victim: 
     for text in (bomb, outside, '<?xml version="1.0" encoding="no-such"?><annotation/>', "<a>" * 100_000):
         (tmp_path / "Annotations" / "a.xml").write_text(text)
         with pytest.raises(DataError) as refused:
-            voc(str(tmp_path), str(tmp_path / "out"), splits={"train": "train"})
+            read_voc(str(tmp_path), None, VocSettings())
         assert VICTIM not in str(refused.value)
     (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("../../victim\n")
     with pytest.raises(DataError, match="is not a path below"):
-        voc(str(tmp_path), str(tmp_path / "out"), splits={"train": "train"})
+        read_voc(str(tmp_path), None, VocSettings())
 
 
 @pytest.mark.parametrize(

@@ -44,13 +44,13 @@ from paml.settings import flatten
 from paml.shards import CorruptSampleError, Manifest, ShardReader, ShardSettings, write_shards
 from paml.shards.index import index_shards
 from paml.shards.spill import DamagedSpillError, read_spill
-from paml.sources.coco import coco
+from paml.sources.coco import CocoSettings, read_coco
 from paml.sources.flickr import flickr_parts
-from paml.sources.label_file import build_from_label_file
 from paml.sources.parts import read_parts
 from paml.sources.release import Archive, _is_unpacked
+from paml.sources.table import TableSettings, read_table
 from paml.sources.tars import tar_parts
-from paml.sources.voc import voc
+from paml.sources.voc import VocSettings, read_voc
 from paml.tracking.mlflow_sink import read_state
 from paml.training.checkpoint import list_checkpoints, newest_checkpoint, read_checkpoint
 from paml.training.watched import load_maps
@@ -349,19 +349,19 @@ def _(ground: Ground, evil: bytes) -> None:
     apply_verdicts(table, [str(ground.folder / "v.csv")], str(ground.folder / "new.arrow"))
 
 
-@place("own labels, CSV", "build_from_label_file", "LabelError")
+@place("table, CSV", "read_table", "LabelError")
 def _(ground: Ground, evil: bytes) -> None:
     (ground.folder / "own.csv").write_bytes(evil)
-    build_from_label_file(str(ground.folder / "own.csv"), str(ground.folder / "t.arrow"))
+    read_table(str(ground.folder / "own.csv"), None, TableSettings())
 
 
-@place("own labels, Parquet", "build_from_label_file", "LabelError")
+@place("table, Parquet", "read_table", "LabelError")
 def _(ground: Ground, evil: bytes) -> None:
     (ground.folder / "own.parquet").write_bytes(evil)
-    build_from_label_file(str(ground.folder / "own.parquet"), str(ground.folder / "t.arrow"))
+    read_table(str(ground.folder / "own.parquet"), None, TableSettings())
 
 
-@place("own labels, Parquet: pickles in its cells, a pickled extension type", "build_from_label_file", "LabelError")
+@place("table, Parquet: pickles in its cells, a pickled extension type", "read_table", "LabelError")
 def _(ground: Ground, evil: bytes) -> None:
     metadata_of_type = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": evil}
     schema = pa.schema(
@@ -369,7 +369,7 @@ def _(ground: Ground, evil: bytes) -> None:
     )
     table = pa.table([pa.array([evil])] * 3, schema=schema).replace_schema_metadata({"pandas": evil})
     pq.write_table(table, ground.folder / "own.parquet")
-    build_from_label_file(str(ground.folder / "own.parquet"), str(ground.folder / "t.arrow"))
+    read_table(str(ground.folder / "own.parquet"), None, TableSettings())
 
 
 @place("class priors, CSV and Parquet", "read_prior", "DataError")
@@ -400,19 +400,19 @@ def _(ground: Ground, evil: bytes) -> None:
     _is_unpacked(str(ground.folder), Archive("x.tar.gz", 1, "0" * 32, ("a.csv",)))
 
 
-@place("COCO's annotations, JSON", "coco", "DataError")
+@place("COCO's annotations, JSON", "read_coco", "DataError")
 def _(ground: Ground, evil: bytes) -> None:
     (ground.folder / "instances_train2014.json").write_bytes(evil)
-    coco(str(ground.folder), str(ground.folder / "out"), splits={"train": "train2014"})
+    read_coco(str(ground.folder), None, CocoSettings())
 
 
-@place("VOC's annotations, XML", "voc", "DataError")
+@place("VOC's annotations, XML", "read_voc", "DataError")
 def _(ground: Ground, evil: bytes) -> None:
     for name in ("ImageSets/Main", "Annotations"):
         (ground.folder / name).mkdir(parents=True)
     (ground.folder / "ImageSets" / "Main" / "train.txt").write_text("a\n")
     (ground.folder / "Annotations" / "a.xml").write_bytes(evil)
-    voc(str(ground.folder), str(ground.folder / "out"), splits={"train": "train"})
+    read_voc(str(ground.folder), None, VocSettings())
 
 
 @place("images as files", "write_shards", "rejected and counted")

@@ -222,13 +222,6 @@ def test_bad_and_missing_images_are_rejected_with_a_reason(tmp_path: Path) -> No
     assert lone.digest == report.digest == manifest.digest
 
 
-def test_damaged_jpeg_is_stored_unless_strict(tmp_path: Path) -> None:
-    damaged = bytearray(encoded(gradient(0, 200, 200), quality=95))
-    damaged[1000:3000] = bytes(2000)
-    report = write_shards([("damaged", bytes(damaged))], tmp_path, ShardSettings(size=32, strict=False))
-    assert (report.written, report.rejected) == (1, 0)
-
-
 def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of 1 images.*rejects\.csv"):
         write_shards([("zero", b"")], tmp_path, SMALL)

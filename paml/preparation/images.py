@@ -1,0 +1,239 @@
+"""Find the images of a split: listed folders and buckets, tar files, embedded images, or files by key."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from paml import storage
+from paml.errors import DataError
+from paml.labels import LabelTable
+from paml.labels.coverage import missing_keys
+from paml.preparation.dataset import Dataset, Release
+from paml.preparation.settings import PrepareSettings
+from paml.preparation.tables import SplitRecords
+from paml.sources.flickr import flickr_parts
+from paml.sources.folder import bucket_parts, file_parts, is_image, list_folder
+from paml.sources.matching import explain_missing, file_key, match_files, normalize_name
+from paml.sources.parts import Part
+from paml.sources.release import find_release_files, images_folder_of
+from paml.sources.tars import TAR_SUFFIXES, count_tars, tar_parts
+
+Log = Callable[[str], None]
+_TYPICAL_IMAGE_BYTES = 300_000
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitImages:
+    """The images of a split, ready to be written."""
+
+    parts: list[Part]
+    count: int
+    """How many are expected."""
+    wanted: pa.StringArray | None
+    """The keys to write; None: all that the parts have."""
+    found: list[str] | None = None
+    """The keys of the labeled images that have a file, if that is known without reading."""
+
+
+def find_images(dataset: Dataset, settings: PrepareSettings, split: str, table: LabelTable, log: Log) -> SplitImages:
+    """The images of a split. Raises DataError if there are none, or fewer of the labeled ones than min_found."""
+    records = dataset.records_of(split)
+    if records is not None and records.records.parts is not None:
+        return _embedded(records, split)
+    if records is not None and settings.images is None and (files := records.files) is not None:
+        return _listed_by_source(records, files)
+    root = dataset.images_folder(split)
+    is_release = isinstance(dataset, Release)
+    if is_release and settings.images is None and images_folder_of(settings.labels, split) == root:
+        place = _Place("folder", root, shared=False)
+    else:
+        place = _locate(root, split, records, settings, is_release=is_release)
+    names, keys = _named(records, table)
+    if place.kind == "bucket":
+        files = [
+            (key, name if is_image(name) else f"{name}.jpg") for name, key in sorted(zip(names, keys, strict=True))
+        ]
+        parts = bucket_parts(root, keys, split) if records is None else file_parts(place.folder, files, as_paths=False)
+        found = SplitImages(parts=parts, count=len(keys), wanted=pa.array(keys, pa.string()))
+    elif place.kind == "tars":
+        found = _in_tars(place, table, settings)
+    else:
+        found = _in_folder(place, records, table, settings, log)
+    if settings.openimages.flickr and isinstance(dataset, Release):
+        found = _with_flickr(found, table, settings, split)
+    return found
+
+
+def check_found(
+    records: SplitRecords | None, table: LabelTable, available: Sequence[str] | pa.Array, minimum: float, split: str
+) -> None:
+    """Raise DataError if too few of the labeled images are among the `available` keys."""
+    missing = missing_keys(table, available)
+    labeled = int((np.diff(table.label_columns()[0]) > 0).sum())
+    count = labeled - len(missing)
+    if count and count >= minimum * labeled:
+        return
+    keys = available if isinstance(available, list | tuple) else pa.array(available).to_pylist()
+    names, all_keys = _named(records, table)
+    raise DataError(
+        f"{count:,} of {labeled:,} labeled images of {split} have a file, needed are {minimum:.0%} (min_found): "
+        + explain_missing(names, all_keys, keys)
+    )
+
+
+def _named(records: SplitRecords | None, table: LabelTable) -> tuple[list[str], list[str]]:
+    """(names, keys) of the images that the labels name."""
+    if records is None:
+        return table.keys(), table.keys()
+    return records.names, records.keys
+
+
+def _embedded(split: SplitRecords, name: str) -> SplitImages:
+    """Images within the labels' own files; parts of other splits are not read."""
+    records = split.records
+    parts = list(records.parts or ())
+    if records.part_splits is not None and records.splits is not None:
+        theirs = {records.splits[int(row)] for row in split.rows}
+        parts = [part for part, of in zip(parts, records.part_splits, strict=True) if of in theirs]
+    return SplitImages(parts=parts, count=len(split.keys), wanted=pa.array(split.keys, pa.string()))
+
+
+def _listed_by_source(split: SplitRecords, files: Sequence[str]) -> SplitImages:
+    pairs = sorted(zip(split.keys, files, strict=True))
+    parts = file_parts(split.records.folder or "", pairs, as_paths=True)
+    return SplitImages(parts=parts, count=len(pairs), wanted=pa.array(split.keys, pa.string()))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the images of a split are."""
+
+    kind: str
+    """folder, bucket or tars."""
+    folder: str
+    shared: bool
+    """Whether the images of other splits are there too."""
+    tars: Sequence[str] = ()
+
+
+def _locate(
+    root: str, split: str, records: SplitRecords | None, settings: PrepareSettings, *, is_release: bool
+) -> _Place:
+    """One rule for folders, buckets and tar files: what is for the split, else what is there for all splits."""
+    kind = settings.images_from
+    names = [split]
+    if records is not None and records.records.splits is not None:
+        names += sorted({records.records.splits[int(row)] for row in records.rows} - {split, ""})
+    own = [storage.join(root, name) for name in names]
+    if kind == "bucket" or (kind == "auto" and is_release and settings.only_labeled and storage.is_remote(root)):
+        return _Place("bucket", own[0], shared=False)
+    if kind != "tars":
+        for folder in own:
+            if _has_files(folder) or settings.openimages.flickr:
+                return _Place("folder", folder, shared=False)
+    listed = [storage.join(root, name) for name in storage.list_files(root)] if kind != "folder" else []
+    own_output = settings.out.rstrip("/") + "/"  # it may be below the images
+    tars = [path for path in listed if path.endswith(TAR_SUFFIXES) and not path.startswith(own_output)]
+    for name in names:
+        if matching := [tar for tar in tars if tar.rsplit("/", 1)[-1].startswith(name)]:
+            return _Place("tars", root, shared=False, tars=matching)
+    if tars and not is_release:
+        return _Place("tars", root, shared=True, tars=tars)
+    if is_release or kind == "tars":
+        raise DataError(
+            f"no images of split {split!r}: neither a folder {own[0]} nor files {split}*.tar in {root}; set images to "
+            "the folder that has them"
+        )
+    return _Place("folder", root, shared=True)
+
+
+def _has_files(folder: str) -> bool:
+    if storage.is_remote(folder):
+        return next(iter(storage.list_objects(folder)), None) is not None
+    return os.path.isdir(folder)
+
+
+def _in_folder(
+    place: _Place, records: SplitRecords | None, table: LabelTable, settings: PrepareSettings, log: Log
+) -> SplitImages:
+    listing, passed_over = list_folder(place.folder)
+    if passed_over:
+        suffixes = ", ".join(f"{suffix} {count:,}" for suffix, count in passed_over.most_common(_SHOWN))
+        log(
+            f"{place.folder}: {passed_over.total():,} files are not images by their suffix and were left out: "
+            f"{suffixes}. Convert images among them to JPEG"
+        )
+    if not listing and not settings.openimages.flickr:
+        raise DataError(f"{place.folder} has no image: set images to the folder of the images")
+    only_labeled = settings.only_labeled or place.shared
+    sizes = dict(listing)
+    if records is None:
+        files = _by_key(listing, settings)
+        found = list(files)
+    else:
+        matching = match_files(records.names, records.keys, sizes, settings.keys)
+        if matching.shadowed:
+            file, used = matching.shadowed[0]
+            count = len(matching.shadowed)
+            log(f"{count:,} files were left out, such as {file}: the labels name other files of the same key, {used}")
+        files, found = dict(matching.files), list(matching.files)
+        taken = {*matching.files.values(), *(file for file, _ in matching.shadowed)}
+        if not only_labeled:
+            files |= _by_key([(name, size) for name, size in listing if name not in taken], settings)
+    if not settings.openimages.flickr:
+        check_found(records, table, list(files), settings.min_found, place.folder)
+    wanted = pa.array(table.keys(), pa.string()) if only_labeled else None
+    if wanted is not None:
+        labeled = set(table.keys())
+        files = {key: name for key, name in files.items() if key in labeled}
+    pairs = [(key, name) for name, key in sorted((name, key) for key, name in files.items())]
+    parts = file_parts(place.folder, pairs, [sizes[name] for _, name in pairs])
+    return SplitImages(parts=parts, count=len(pairs), wanted=wanted, found=found)
+
+
+def _by_key(listing: Sequence[tuple[str, int]], settings: PrepareSettings) -> dict[str, str]:
+    """The file of each key. Raises DataError if several files have a key."""
+    files: dict[str, str] = {}
+    for name, _ in listing:
+        key = file_key(name, settings.keys)
+        if files.setdefault(key, name) != name:
+            fix = "set keys to 'path'" if settings.keys == "name" else "rename one"
+            if os.path.splitext(normalize_name(name))[0] == os.path.splitext(normalize_name(files[key]))[0]:
+                fix = "rename one"
+            raise DataError(
+                f"the files {files[key]!r} and {name!r} have the same key {key!r}: {fix}, or set images to the folder "
+                "of the right one"
+            )
+    return files
+
+
+def _in_tars(place: _Place, table: LabelTable, settings: PrepareSettings) -> SplitImages:
+    parts = tar_parts(place.tars, settings.keys)
+    only_labeled = settings.only_labeled or place.shared
+    wanted = pa.array(table.keys(), pa.string()) if only_labeled else None
+    if wanted is not None:
+        count = len(wanted)
+    elif any(storage.is_remote(path) for path in place.tars):
+        count = sum(-(-(part.bytes or 0) // _TYPICAL_IMAGE_BYTES) for part in parts)
+    else:
+        count = count_tars(place.tars)
+    return SplitImages(parts=parts, count=count, wanted=wanted)
+
+
+def _with_flickr(found: SplitImages, table: LabelTable, settings: PrepareSettings, split: str) -> SplitImages:
+    """Add the labeled images that the folder lacks, at their original addresses."""
+    lacking = missing_keys(table, found.found or [])
+    if not lacking:
+        return found
+    image_list = find_release_files(settings.labels, split).images
+    if image_list is None:
+        raise DataError(
+            f"{settings.labels} has no list of the images' addresses for {split!r} (V3: {split}/images.csv): download "
+            "it, or leave openimages.flickr out"
+        )
+    parts = [*found.parts, *flickr_parts(image_list, lacking, settings.openimages.flickr_requests)]
+    return SplitImages(parts=parts, count=found.count + len(lacking), wanted=found.wanted, found=None)
