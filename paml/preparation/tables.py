@@ -243,7 +243,7 @@ def _log_rejected_values(split: SplitRecords, log: Callable[[str], None]) -> Non
         shown = ", ".join(f"{text!r} ({count:,})" for text, count in bad.most_common(_SHOWN))
         log(
             f"WARNING: {bad.total():,} labels have a value that is not a state and were rejected: {shown}. Allowed are "
-            "1 or yes, 0 or no, and blank for unobserved; the source's settings declare others, such as table.minus_one "
+            "1 or yes, 0 or no, and blank for unobserved; the source declares others, such as table.minus_one "
             "and table.positive_words"
         )
 
