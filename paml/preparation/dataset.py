@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import posixpath
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -18,7 +20,7 @@ from paml.labels import (
 )
 from paml.labels.build import LabelReport
 from paml.labels.class_list import ClassList
-from paml.preparation.settings import PrepareSettings
+from paml.preparation.settings import OpenImagesSettings, PrepareSettings
 from paml.preparation.tables import (
     SPLITS,
     SplitRecords,
@@ -29,6 +31,7 @@ from paml.preparation.tables import (
     split_names,
     write_table,
 )
+from paml.sources.full import list_some
 from paml.sources.records import Records
 from paml.sources.registry import SOURCES
 from paml.sources.release import V3, V3_ARCHIVES, fetch_release, find_release_files, images_folder_of
@@ -74,10 +77,22 @@ def open_dataset(settings: PrepareSettings, log: Log) -> Dataset:
     source = settings.source
     if source == "auto":
         source = detect_source(settings, log)
+    dataset: Dataset
     if source == "openimages":
+        ignored = {"unlisted": settings.unlisted, "split_names": settings.split_names, "keys": settings.keys != "name"}
+        if named := [name for name, value in ignored.items() if value]:
+            raise SettingsError(f"{named[0]} is not for Open Images, whose files say it: leave it out")
         fetch_missing_release(settings, log)
-        return Release(settings, log)
-    return read_dataset(settings, source, log)
+        dataset = Release(settings, log)
+    else:
+        if settings.openimages != OpenImagesSettings():
+            raise SettingsError(f"the settings of openimages are not for the source {source}: leave them out")
+        dataset = read_dataset(settings, source, log)
+    if settings.verdicts and settings.verdicts_split not in dataset.splits:
+        raise SettingsError(
+            f"verdicts_split is {settings.verdicts_split!r}: set it to one of the splits, {', '.join(dataset.splits)}"
+        )
+    return dataset
 
 
 def detect_source(settings: PrepareSettings, log: Log) -> str:
@@ -93,15 +108,21 @@ def detect_source(settings: PrepareSettings, log: Log) -> str:
         raise DataError(f"{path!r} fits several formats: {fits}. Choose one with source")
     if settings.labels == PrepareSettings.labels:
         return "openimages"
-    if not storage.exists(path) and not storage.list_files(path):
-        raise DataError(f"there is no {path!r}: set labels to an existing file or folder")
+    if not _is_there(path):
+        raise DataError(f"there is no {path!r}, or it is empty: set labels to an existing file or folder")
+    if storage.exists(path) and not os.path.isdir(path) and not storage.size_of(path):
+        raise DataError(f"{path!r} is empty (0 bytes): write it again, or set labels to another file")
     raise DataError(f"{path!r} is in none of the known formats: set source to one of {', '.join(SOURCES)}")
 
 
 def _first_path(labels: str) -> str:
     """`labels`, or with {split} the first file that exists."""
-    paths = [labels.replace("{split}", name) for split in SPLITS for name in _file_names(split)]
-    return next((path for path in paths if storage.exists(path) or storage.list_files(path)), paths[0])
+    paths = list(dict.fromkeys(labels.replace("{split}", name) for split in SPLITS for name in _file_names(split)))
+    return next((path for path in paths if _is_there(path)), paths[0])
+
+
+def _is_there(path: str) -> bool:
+    return storage.exists(path) or bool(list_some(path))
 
 
 def _file_names(split: str) -> tuple[str, ...]:
@@ -138,8 +159,9 @@ class Release:
         return None
 
     def images_folder(self, split: str) -> str:
-        folder = self.settings.images or images_folder_of(self.settings.labels, split) or "downloads/images"
-        return folder
+        labels = self.settings.labels.rstrip("/")
+        own = images_folder_of(labels, split) or storage.join(posixpath.dirname(labels), "images")
+        return self.settings.images or own
 
     def _build(self, split: str, out: str, annotations: str | None = None) -> LabelTable:
         files = find_release_files(self.settings.labels, split)
@@ -185,7 +207,10 @@ def fetch_missing_release(settings: PrepareSettings, log: Log) -> None:
 def read_dataset(settings: PrepareSettings, source: str, log: Log) -> "Recorded":
     """Read the records of a source and divide them into splits. Raises PamlError."""
     by_split = _read_splits(settings, source, settings.labels, log)
-    classes = find_classes(list({id(r): r for r, _, _ in by_split.values()}.values()), settings.class_list)
+    full = {} if settings.full_labels is None else _read_splits(settings, source, settings.full_labels, log)
+    all_records = {id(records): records for records, _, _ in (*by_split.values(), *full.values())}
+    classes = find_classes(list(all_records.values()), settings.class_list)
+    divided: bool | str = False
     if set(by_split) == {""}:
         records, keys, rows = by_split[""]
         fractions = {
@@ -197,6 +222,7 @@ def read_dataset(settings: PrepareSettings, source: str, log: Log) -> "Recorded"
                 f"split is {settings.split!r}: the splits to prepare, {', '.join(fractions)}, get nothing"
             )
         fractions = {name: part / total for name, part in fractions.items()}
+        divided = len(fractions) > 1
         parts = divide(records, keys, rows, classes, fractions, settings.split_seed)
         by_split = {name: (records, keys, part) for name, part in parts.items()}
         sizes = ", ".join(f"{name} {len(rows):,}" for name, (_, _, rows) in by_split.items())
@@ -204,21 +230,48 @@ def read_dataset(settings: PrepareSettings, source: str, log: Log) -> "Recorded"
     elif "validation" not in by_split and "train" in by_split and "validation" in (settings.splits or SPLITS):
         records, keys, rows = by_split["train"]
         by_split |= _take_validation(settings, source, records, keys, rows, classes, log)
+        divided = "train"
     wanted = settings.splits or tuple(name for name in SPLITS if name in by_split)
     if missing := [name for name in wanted if name not in by_split]:
         raise DataError(f"{settings.labels!r} has no images of {missing[0]}: it has {', '.join(by_split)}; set splits")
-    splits = {}
+    splits: dict[str, SplitRecords] = {}
+    reported: set[int] = set()
     for name in wanted:
         records, keys, rows = by_split[name]
         if not len(rows):
             raise DataError(f"no image was assigned to the split {name!r}: change splits or split")
         default = "negative" if records.complete else "unobserved"
-        unlisted = settings.unlisted.get(name, default)
+        unlisted = settings.unlisted_in(name) or default
         splits[name] = SplitRecords(
-            records=records, rows=rows, keys=[keys[row] for row in rows.tolist()], unlisted=unlisted
+            records=records,
+            rows=rows,
+            keys=[keys[row] for row in rows.tolist()],
+            unlisted=unlisted,
+            divided=divided is True or (divided == "train" and name != "test"),
+            bad_rows=() if id(records) in reported else records.bad_rows,
         )
+        reported.add(id(records))
     check_disjoint({name: split.keys for name, split in splits.items()})
-    return Recorded(settings, source, splits, classes, log)
+    similar = Counter(name.lower() for name in classes.classes)
+    if same := [name for name in classes.classes if similar[name.lower()] > 1]:
+        log(f"WARNING: classes that differ in case only: {', '.join(same[:6])}")
+    _check_earlier_splits(settings, splits)
+    return Recorded(settings, source, splits, full, classes, log)
+
+
+def _check_earlier_splits(settings: PrepareSettings, splits: Mapping[str, SplitRecords]) -> None:
+    """Raise DataError for an image that an earlier call has put into a split that this one does not prepare."""
+    for name in SPLITS:
+        path = storage.join(settings.out, "labels", f"{name}.arrow")
+        if name in splits or not storage.exists(path):
+            continue
+        table = LabelTable.open(path)
+        for split, records in splits.items():
+            if len(rows := table.rows_of(records.keys)[table.rows_of(records.keys) >= 0]):
+                raise DataError(
+                    f"{len(rows):,} images of {split} are in {path} too, such as {table.keys(rows[:1])[0]!r}: prepare "
+                    "all splits in one call, or set out to another folder"
+                )
 
 
 def _read_splits(
@@ -235,6 +288,8 @@ def _read_splits(
             log(f"  {note}")
         if not len(records.images):
             raise DataError(f"{path!r} names no image: {records.understood}")
+        if settings.protocol is None:  # only the papers' sample depends on the keys of the format
+            records = dataclasses.replace(records, keys=None)
         return records, make_keys(records, settings.keys)
 
     if "{split}" in labels:
@@ -242,8 +297,9 @@ def _read_splits(
         for split in settings.splits or SPLITS:
             names = [settings.split_names[split]] if split in settings.split_names else _file_names(split)
             paths = [labels.replace("{split}", name) for name in names]
-            path = next((path for path in paths if storage.exists(path) or storage.list_files(path)), None)
+            path = next((path for path in paths if _is_there(path)), None)
             if path is None and settings.splits is None:
+                log(f"there is no {' or '.join(paths)}: no {split}")
                 continue
             if path is None:
                 raise LabelError(
@@ -308,6 +364,12 @@ def simulate(settings: PrepareSettings, full: str, folder: str) -> LabelTable | 
     return observe_random_fraction(table, storage.join(folder, "train-share.arrow"), settings.protocol_share, seed)
 
 
+def _is_complete(path: str) -> bool:
+    """Whether every pair of the table at `path` has a state."""
+    table = LabelTable.open(path)
+    return table.num_annotations == table.num_images * table.num_classes
+
+
 def _join(first: SplitRecords, second: SplitRecords) -> SplitRecords:
     """Both splits, of the same records, as one."""
     rows = np.concatenate([first.rows, second.rows])
@@ -330,6 +392,8 @@ class Recorded:
     settings: PrepareSettings
     source: str
     by_split: dict[str, SplitRecords]
+    full: dict[str, tuple[Records, list[str], np.ndarray]]
+    """The complete labels by split, if full_labels is set."""
     classes: ClassList
     log: Log
 
@@ -346,14 +410,13 @@ class Recorded:
         if self.settings.full_labels is None:
             if self.settings.protocol is None or split != "train":
                 return None
-            if given.unlisted != "negative":
+            if given.unlisted != "negative" and not _is_complete(storage.join(folder, f"{split}.arrow")):
                 raise SettingsError(
                     "protocol needs complete labels: set full_labels, or unlisted to "
                     f"'{{{split}: negative}}' if those of {self.settings.labels!r} are complete"
                 )
             return self._write(given, out).table
-        full = _read_splits(self.settings, self.source, self.settings.full_labels, self.log)
-        records, keys, _ = full.get(split) or next(iter(full.values()))
+        records, keys, _ = self.full.get(split) or next(iter(self.full.values()))
         row_of = {key: row for row, key in enumerate(keys)}
         if missing := [key for key in given.keys if key not in row_of]:
             raise DataError(

@@ -6,11 +6,14 @@
 """
 
 import dataclasses
+import itertools
 import os
 import tempfile
 from collections.abc import Callable
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from paml import storage
 from paml.audit.label_studio import read_verdicts
@@ -131,7 +134,8 @@ def _write_split(
 ) -> SplitReport:
     folder = storage.join(settings.out, "shards", name)
     images = find_images(dataset, settings, name, table, log)
-    _remove_outgrown(folder, images, table, log)
+    others = [other.keys for split in dataset.splits if split != name and (other := dataset.records_of(split))]
+    _remove_outgrown(folder, images, table, pa.array(itertools.chain(*others), pa.string()), settings, log)
     report = write_parts(
         images.parts,
         folder,
@@ -149,19 +153,72 @@ def _write_split(
     coverage = measure_coverage(table, keys)
     coverage.write(storage.join(folder, "coverage.parquet"))
     log(str(coverage))
-    check_found(dataset.records_of(name), table, keys, settings.min_found, name)
+    try:
+        check_found(dataset.records_of(name), table, keys, settings.min_found, name)
+    except DataError as error:
+        again = f"; delete {folder} to write its shards again" if report.already_done else ""
+        raise DataError(f"{error}{again}") from error
+    if name != "train":
+        _check_still_scorable(name, coverage)
     return SplitReport(table=table, shards=report, coverage=coverage)
 
 
-def _remove_outgrown(folder: str, images: SplitImages, table: LabelTable, log: Log) -> None:
-    """Delete complete shards that lack labeled images for which there is a file by now."""
-    if images.found is None or not storage.exists(storage.join(folder, MANIFEST_NAME)):
+def _check_still_scorable(name: str, coverage: Coverage) -> None:
+    """Raise DataError if no class of the images that were found has both positive and negative labels."""
+    positives, negatives = (coverage.by_class[f"{state}_found"].to_numpy() for state in ("positives", "negatives"))
+    if not ((positives > 0) & (negatives > 0)).any():
+        raise DataError(
+            f"{name} cannot be scored: of its images that were found, no class has both positive and negative labels; "
+            f"{coverage.images_missing:,} are missing: add them, or leave it out of splits"
+        )
+
+
+def _remove_outgrown(
+    folder: str, images: SplitImages, table: LabelTable, others: pa.StringArray, settings: PrepareSettings, log: Log
+) -> None:
+    """Delete complete shards if the labels name images that they lack, or have put some of theirs into the `others`
+    splits, and all images that belong there can be written again.
+
+    Raises DataError if not all can, or if that is not known.
+    """
+    if not storage.exists(storage.join(folder, MANIFEST_NAME)):
         return
-    new = set(images.found).intersection(table.keys()) - set(Manifest.open(folder).keys().to_pylist())
-    new -= {key for key, reason in _read_rejects(folder) if reason != MISSING_REASON}
-    if new:
-        log(f"{len(new):,} labeled images are not in {folder}, such as {min(new)!r}: its shards are written again")
-        storage.delete_folder(folder)
+    manifest = Manifest.open(folder)
+    if manifest.settings != dataclasses.asdict(settings.shards):
+        return  # write_parts refuses other settings
+    rejects = dict(_read_rejects(folder))
+    missing = pa.array([key for key, reason in rejects.items() if reason == MISSING_REASON], pa.string())
+    damaged = pa.array([key for key, reason in rejects.items() if reason != MISSING_REASON], pa.string())
+    labeled = pa.array(table.keys(), pa.string())
+    candidates = labeled if images.found is None else _select(labeled, images.found)
+    new = _select(_select(candidates, manifest.keys(), False), damaged, False)
+    if images.found is None:
+        new = _select(new, missing, False) if images.wanted is not None else new[:0]
+    kept = _select(manifest.keys(), others, False)
+    moved = len(manifest.keys()) - len(kept)
+    if images.found is not None and moved:
+        moved = len(_select(_select(manifest.keys(), others), images.found, False))
+    if not len(new) and not (moved and images.found is not None):
+        return
+    text = (
+        f"{len(new):,} labeled images are not in {folder}, such as {new[0].as_py()!r}"
+        if len(new)
+        else (f"{moved:,} images of {folder} are in another split now")
+    )
+    if images.found is None:
+        raise DataError(f"{text}: the labels grew after it was written; delete it to write it again")
+    if lost := len(_select(kept, images.found, False)):
+        raise DataError(
+            f"{text}, and {lost:,} of its images have no file any more: bring them back, or delete it to write it again"
+        )
+    log(f"{text}: its shards are written again")
+    storage.delete_folder(folder)
+
+
+def _select(values: pa.StringArray, known: pa.StringArray, among: bool = True) -> pa.StringArray:
+    """The values that are `among` the known ones, or not."""
+    mask = pc.call_function("is_in", [values], pc.SetLookupOptions(known))
+    return values.filter(mask if among else pc.call_function("invert", [mask]))
 
 
 def _read_rejects(folder: str) -> list[tuple[str, str]]:

@@ -84,10 +84,10 @@ class PrepareSettings:
     class. If only validation is missing, it is taken from train."""
     split_seed: int = 0
     """Seed of this sample."""
-    unlisted: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What a class is that the labels of an image do not list, by split: `negative` if the split's labels are complete,
-    else `unobserved`, such as {train: unobserved, validation: negative, test: negative}. By default what the format
-    says: negative for coco, voc, nus_wide and cub, else unobserved."""
+    unlisted: str | dict[str, str] | None = None
+    """What a class is that the labels of an image do not list, for all splits or by split: `negative` if the labels are
+    complete, else `unobserved`, such as {train: unobserved, validation: negative, test: negative}. null: what the
+    format says, negative for coco, voc, nus_wide and cub, else unobserved."""
     keys: KeyRule = "name"
     """An image's key is its file name without folders and suffix (`name`), or its path without suffix (`path`)."""
     same_image: str = "key"
@@ -161,19 +161,29 @@ class PrepareSettings:
             allowed = f"some of {', '.join(SPLITS)}, each once"
             distinct = bool(self.splits) and len(set(self.splits)) == len(self.splits)
             check_setting(distinct and set(self.splits) <= set(SPLITS), "splits", self.splits, allowed)
-        for name, values in (("unlisted", self.unlisted), ("split_names", self.split_names)):
+        named = self.unlisted if isinstance(self.unlisted, dict) else {}
+        for name, values in (("unlisted", named), ("split_names", self.split_names)):
             check_setting(set(values) <= set(SPLITS), name, values, f"a mapping from {', '.join(SPLITS)}")
-        states = set(self.unlisted.values()) <= {"negative", "unobserved"}
-        check_setting(states, "unlisted", self.unlisted, "negative or unobserved for each split")
+        states = {self.unlisted} if isinstance(self.unlisted, str) else set(named.values())
+        allowed = "negative or unobserved, or a mapping of splits to them, such as {validation: negative}"
+        check_setting(states <= {"negative", "unobserved"}, "unlisted", self.unlisted, allowed)
         self.split_fractions  # noqa: B018 # raises SettingsError
-        if self.openimages.flickr and self.images_from == "tars":
+        if self.openimages.flickr and self.images_from in ("tars", "bucket"):
             raise SettingsError(
-                "openimages.flickr needs a list of the images, which tar files do not have: use a folder"
+                f"openimages.flickr needs a list of the images; images_from {self.images_from} has none"
             )
+        if self.verdicts and self.images_from == "none":
+            raise SettingsError("verdicts are of images that are there: leave them out with images_from none")
+        names = list(self.split_names.values())
+        check_setting(len(set(names)) == len(names), "split_names", self.split_names, "another name for each split")
         if self.verdicts and self.splits is not None and self.verdicts_split not in self.splits:
             raise SettingsError(
                 f"verdicts_split is {self.verdicts_split!r}: set it to one of the splits, {', '.join(self.splits)}"
             )
+
+    def unlisted_in(self, split: str) -> str | None:
+        """What a class is that the labels of a split do not list; None: what their format says."""
+        return self.unlisted.get(split) if isinstance(self.unlisted, dict) else self.unlisted
 
     @property
     def split_fractions(self) -> dict[str, float]:

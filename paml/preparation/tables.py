@@ -1,6 +1,8 @@
 """From a source's records to one label table per split: splits, keys, classes and unlisted labels."""
 
+import dataclasses
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +45,10 @@ class SplitRecords:
     """The keys of these images."""
     unlisted: str
     """`negative` or `unobserved`: the state of a pair that is not listed."""
+    divided: bool = False
+    """Whether paml chose the images of the split: the folders of the images do not know it."""
+    bad_rows: Sequence[tuple[int, str]] = ()
+    """Rows that are no labels, to be reported with this split."""
 
     @property
     def names(self) -> list[str]:
@@ -51,10 +57,10 @@ class SplitRecords:
 
     @property
     def files(self) -> list[str] | None:
-        """Their paths below `records.folder`, if the source names them all."""
+        """Their paths below `records.folder`, "" for unknown ones; None if the source names none."""
         files = self.records.files
-        chosen = None if files is None else [files[int(row)] for row in self.rows]
-        return chosen if chosen and all(chosen) else None
+        chosen = [] if files is None else [files[int(row)] for row in self.rows]
+        return chosen if any(chosen) else None
 
 
 def standard_split(name: str) -> str | None:
@@ -66,7 +72,7 @@ def standard_split(name: str) -> str | None:
 def split_names(records: Records, names: Mapping[str, str]) -> list[str] | None:
     """The split of each image, by the user's `names` (of the source's split for one of ours) or their usual aliases.
 
-    None if the source has no splits, or only a training split. Raises DataError for an image with a name that stands
+    None if the source has no splits. Raises DataError for an image with a name that stands
     for no split, and if two names of the source mean the same split.
     """
     if records.splits is None or not any(records.splits):
@@ -76,7 +82,8 @@ def split_names(records: Records, names: Mapping[str, str]) -> list[str] | None:
     unknown = [theirs for theirs in ours if theirs not in distinct]
     if unknown:
         raise DataError(f"{records.path!r} has no split {unknown[0]!r}: it has {', '.join(distinct)}; set split_names")
-    split_of = {name: ours.get(name) or (None if ours else standard_split(name)) for name in distinct}
+    split_of = {name: ours.get(name) or standard_split(name) for name in distinct}
+    split_of = {name: None if name not in ours and split in names else split for name, split in split_of.items()}
     unnamed = [name for name, split in split_of.items() if split is None]
     if unnamed and not ours:
         raise DataError(
@@ -133,9 +140,10 @@ def find_classes(all_records: Sequence[Records], class_list: str | None) -> Clas
         for records in all_records:
             if records.classes is not None:
                 for cls, name in zip(records.classes.classes, records.classes.names, strict=True):
-                    names.setdefault(cls, name)
+                    names.setdefault(normalize_class(cls), normalize_class(name))
     else:
-        names = {cls: cls for cls in sorted({cls for r in all_records for cls in _distinct(r.cls)} - {""})}
+        distinct = {normalize_class(cls) for records in all_records for cls in _distinct(records.cls)}
+        names = {cls: cls for cls in sorted(distinct - {""})}
     if not names:
         raise LabelError(f"{all_records[0].path!r} has no class: {all_records[0].understood}")
     return ClassList(all_records[0].path, list(names), list(names.values()))
@@ -148,12 +156,16 @@ def write_table(
     class_list = out.removesuffix(".arrow") + ".classes.csv"
     check_outputs([out, class_list, rejects_path_of(out)], [split.records.path, classes.path])
     write_class_list(class_list, classes.classes, classes.names)
+    _log_rejected_values(split, log)
+    if split.unlisted != "negative" and not _has_label(split):
+        raise DataError(f"{split.records.path!r} has no label that is positive or negative for this split's images")
     report = build_from_batches(
-        split.records.path, _batches(split, classes), [text for _, text in split.records.bad_rows], classes, out,
+        split.records.path, _batches(split, classes), [text for _, text in split.bad_rows], classes, out,
         settings=settings,
     )  # fmt: skip
-    log(str(report))
-    _log_rejected_values(split, log)
+    log(str(dataclasses.replace(report, first_text_key=None)))
+    if split.bad_rows:
+        log(f"  rejected: {split.bad_rows[0][1]}")
     return report
 
 
@@ -162,15 +174,12 @@ def check_scorable(name: str, table: LabelTable) -> None:
     positives, negatives = table.class_counts()
     if ((positives > 0) & (negatives > 0)).any():
         return
-    lacking = "negative" if positives.any() else "positive"
+    fix = f"it has {table.num_images:,} images: give it more, or leave it out of splits"
+    if not negatives.any():
+        fix = f"if its labels are complete, set unlisted to '{{{name}: negative}}', else leave it out of splits"
     raise DataError(
         f"{name} cannot be scored: no class has both positive and negative labels there ({int(positives.sum()):,} "
-        f"positive, {int(negatives.sum()):,} negative). "
-        + (
-            f"If its labels are complete, set unlisted to '{{{name}: negative}}'; else leave it out of splits"
-            if lacking == "negative"
-            else "Choose other splits, or leave it out of splits"
-        )
+        f"positive, {int(negatives.sum()):,} negative); {fix}"
     )
 
 
@@ -235,9 +244,8 @@ def _negatives(
 
 def _log_rejected_values(split: SplitRecords, log: Callable[[str], None]) -> None:
     """Show the cells whose text is not a state, with their counts and what is allowed."""
-    in_split = np.zeros(len(split.records.images), bool)
-    in_split[split.rows] = True
-    counts = Counter(_decoded(split.records.state).filter(pa.array(in_split[split.records.image])).to_pylist())
+    states = split.records.state.filter(pa.array(_in_split(split))).value_counts()
+    counts = dict(zip(states.field("values").to_pylist(), states.field("counts").to_pylist(), strict=True))
     bad = Counter({text: count for text, count in counts.items() if text not in ("1", "0", "")})
     if bad:
         shown = ", ".join(f"{text!r} ({count:,})" for text, count in bad.most_common(_SHOWN))
@@ -246,6 +254,17 @@ def _log_rejected_values(split: SplitRecords, log: Callable[[str], None]) -> Non
             "1 or yes, 0 or no, and blank for unobserved; the source declares others, such as table.minus_one "
             "and table.positive_words"
         )
+
+
+def _in_split(split: SplitRecords) -> np.ndarray:
+    """bool[M]: which labels are of images of the split."""
+    chosen = np.zeros(len(split.records.images), bool)
+    chosen[split.rows] = True
+    return chosen[split.records.image]
+
+
+def _has_label(split: SplitRecords) -> bool:
+    return bool((_index_of(split.records.state, ["0", "1"])[_in_split(split)] >= 0).any())
 
 
 def _codes(records: Records, classes: ClassList) -> tuple[np.ndarray, np.ndarray]:
@@ -274,6 +293,11 @@ def _map_distinct(texts: pa.Array, change: Callable[[str], str]) -> pa.Array:
     return pa.array([change(text) for text in coded.dictionary.to_pylist()], pa.string()).take(coded.indices)
 
 
+def normalize_class(name: str) -> str:
+    """A class in Unicode's composed form, without blanks around it."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
 def class_translator(class_list: ClassList) -> Callable[[str], str]:
     """A function from a class or its name to the class; other texts are unchanged, to be rejected."""
     classes = set(class_list.classes)
@@ -282,6 +306,7 @@ def class_translator(class_list: ClassList) -> Callable[[str], str]:
         classes_of.setdefault(name, []).append(cls)
 
     def translate(text: str) -> str:
+        text = normalize_class(text)
         named = classes_of.get(text, [])
         if text in classes or not named:
             return text

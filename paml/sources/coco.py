@@ -20,7 +20,7 @@ from paml.errors import DataError, check_setting
 from paml.labels.class_list import ClassList
 from paml.parsing import parse_errors_as
 from paml.sources.folder import is_image
-from paml.sources.full import distinct_names, list_some, path_below, sniff
+from paml.sources.full import distinct_names, list_inputs, list_some, path_below, sniff
 from paml.sources.matching import file_key, label_key
 from paml.sources.records import Records
 
@@ -177,7 +177,7 @@ def _find_files(labels: str) -> tuple[str, list[str], list[str]]:
 def _choose_files(root: str) -> tuple[list[str], list[str]]:
     """(instance files below the folder, notes on the others)."""
     names = [f"annotations/{name}" for name in storage.list_files(storage.join(root, "annotations"))]
-    names = [name for name in names or storage.list_files(root) if name.endswith(".json")]
+    names = [name for name in names or list_inputs(root) if name.endswith(".json")]
     if not names:
         if not list_some(root):
             raise DataError(f"there is no {root!r}, or it is empty: set labels to an existing file or folder")

@@ -1,5 +1,6 @@
 """Images as files below a folder, local or remote: all that are listed, or those of the wanted keys."""
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 _LABEL_SUFFIXES = frozenset(
-    (".csv", ".tsv", ".json", ".jsonl", ".txt", ".md", ".xml", ".yaml", ".yml", ".parquet", ".arrow")
+    (".csv", ".tsv", ".json", ".jsonl", ".txt", ".md", ".xml", ".yaml", ".yml", ".parquet", ".arrow", ".tar")
 )
 
 
@@ -80,7 +81,7 @@ def file_parts(
         chunk = tuple(files[start : start + per_part])
         chunk_sizes = [] if sizes is None else sizes[start : start + per_part]
         digits = fingerprint(
-            [*([folder] if sizes is None else []), *(name for _, name in chunk), *map(str, chunk_sizes)]
+            [*([folder] if sizes is None else []), *itertools.chain.from_iterable(chunk), *map(str, chunk_sizes)]
         )
         read = partial(_read_files, folder, chunk, as_paths)
         total = None if sizes is None else sum(chunk_sizes)

@@ -69,6 +69,17 @@ def list_some(folder: str) -> list[str]:
     return sorted(names)
 
 
+_OUTPUT = re.compile(r"(|.*/)(?:shards/[^/]+/manifest\.arrow|labels/[^/]+\.(?:classes\.csv|rejects\.parquet))")
+
+
+def list_inputs(folder: str) -> list[str]:
+    """Paths of all files below a folder, except those that `paml prepare` wrote there."""
+    names = storage.list_files(folder)
+    outputs = {match[1] for name in names if (match := _OUTPUT.fullmatch(name))}
+    written = tuple(output + part for output in outputs for part in ("shards/", "labels/"))
+    return [name for name in names if not name.startswith(written)]
+
+
 def have_files(root: str, *choices: Sequence[str]) -> bool:
     """Whether `root` has one file of each choice; False if that cannot be told."""
     try:

@@ -17,7 +17,7 @@ from paml import storage
 from paml.errors import DataError, PamlError, check_setting
 from paml.parsing import PARSE_ERRORS, parse_errors_as, read_json, safe_join
 from paml.sources.file_splits import file_splits
-from paml.sources.full import list_some, path_below
+from paml.sources.full import list_inputs, list_some, path_below
 from paml.sources.hf_files import (
     HINT,
     DataFile,
@@ -255,7 +255,7 @@ def _find_files(labels: str) -> tuple[str, list[str], list[str], list[str]]:
             )
         root, name = posixpath.split(labels)
         return root or ("/" if labels.startswith("/") else "."), [name], file_splits([name]), []
-    found = [name for name in storage.list_files(labels) if not any(part.startswith(".") for part in name.split("/"))]
+    found = [name for name in list_inputs(labels) if not any(part.startswith(".") for part in name.split("/"))]
     if not found:
         raise DataError(f"there is no {labels!r}, or it is empty: set labels to an existing file or folder")
     if "dataset_dict.json" in found:

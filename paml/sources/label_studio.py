@@ -21,7 +21,7 @@ from paml import storage
 from paml.errors import DataError, check_setting
 from paml.parsing import parse_errors_as, parse_json
 from paml.sources.folder import is_image
-from paml.sources.full import list_some, sniff
+from paml.sources.full import list_inputs, list_some, sniff
 from paml.sources.matching import normalize_name
 from paml.sources.records import Records
 from paml.sources.table import TableSettings
@@ -180,7 +180,7 @@ def read_tasks(labels: str, counts: Counts) -> Iterator[Task]:
     """The tasks of a file, or of all files in a folder. Raises DataError."""
     files = [labels]
     if not storage.exists(labels):
-        files = [storage.join(labels, name) for name in _candidates(storage.list_files(labels))]
+        files = [storage.join(labels, name) for name in _candidates(list_inputs(labels))]
         if not files:
             raise DataError(f"there is no {labels!r}, or it has no JSON file: set labels to a Label Studio export")
     row = 0

@@ -52,8 +52,10 @@ def match_files(names: Sequence[str], keys: Sequence[str], files: Iterable[str],
     """
     by_path: dict[str, str] = {}
     by_key: dict[str, list[str]] = {}
+    by_base: dict[str, list[str]] = {}
     for file in files:
-        by_path[normalize_name(file)] = file
+        by_path[path := normalize_name(file)] = file
+        by_base.setdefault(path.rsplit("/", 1)[-1], []).append(file)
         by_key.setdefault(file_key(file, rule), []).append(file)
     matched: dict[str, str] = {}
     missing: list[str] = []
@@ -61,7 +63,8 @@ def match_files(names: Sequence[str], keys: Sequence[str], files: Iterable[str],
     image_of: dict[str, str] = {}
     for name, key in zip(names, keys, strict=True):
         candidates = by_key.get(key, [])
-        file = _by_path(normalize_name(name), by_path)
+        path = normalize_name(name)
+        file = _by_path(path, by_path, by_base.get(path.rsplit("/", 1)[-1], []))
         if file is None and len(candidates) > 1:
             raise DataError(_ambiguous(name, key, candidates))
         if file is None and not candidates:
@@ -78,11 +81,19 @@ def match_files(names: Sequence[str], keys: Sequence[str], files: Iterable[str],
     return Matching(matched, missing, shadowed)
 
 
-def _by_path(name: str, by_path: dict[str, str]) -> str | None:
-    """The file of this path or, for a name with folders, of the path without its first folders."""
+def _by_path(name: str, by_path: dict[str, str], same_base: Sequence[str]) -> str | None:
+    """The file of this path; the only one below further folders; or that of the path without its first folders.
+
+    same_base: the files that have the name's last part.
+    """
+    if name in by_path:
+        return by_path[name]
+    below = [file for file in same_base if "/" in name and normalize_name(file).endswith(f"/{name}")]
+    if len(below) == 1:
+        return below[0]
     while name not in by_path:
         _, slash, name = name.partition("/")
-        if not slash:
+        if not slash or (len(same_base) > 1 and "/" not in name):  # the bare name of several files says nothing
             return None
     return by_path[name]
 
@@ -99,18 +110,13 @@ def check_distinct(names: Sequence[str], keys: Sequence[str], path: str, rule: K
     name_of: dict[str, str] = {}
     for name, key in zip(names, keys, strict=True):
         first = name_of.setdefault(key, name)
-        if first == name or _is_same(first, name):
+        if first == name:
             continue
-        fix = "rename one"
-        if rule == "name" and label_key(first, "path") != label_key(name, "path"):
+        paths = [label_key(each, "path") for each in (first, name)]
+        fix = "rename one, or write an image's name in one way"
+        if rule == "name" and paths[0] != paths[1]:
             fix = "set keys to 'path', or rename one"
         raise DataError(f"{path!r} has the images {first!r} and {name!r}, which have the same key {key!r}: {fix}")
-
-
-def _is_same(first: str, second: str) -> bool:
-    """Whether two names mean one image: they differ only in slashes, Unicode form, or whether they have the suffix."""
-    first, second = normalize_name(first), normalize_name(second)
-    return first == second or first == key_of(second, "path") or second == key_of(first, "path")
 
 
 _CHANGES: Sequence[tuple[str, Callable[[str], str]]] = (

@@ -22,6 +22,7 @@ from paml import storage
 from paml.errors import DataError
 from paml.parsing import PARSE_ERRORS
 from paml.sources.folder import is_image
+from paml.sources.full import list_inputs
 from paml.sources.matching import file_key
 from paml.sources.parts import MAX_IMAGE_BYTES, KeyRule, Part, Payload, fingerprint
 from paml.storage import StorageError
@@ -117,7 +118,7 @@ def list_tars(paths: Paths) -> list[str]:
         if path.endswith(TAR_SUFFIXES) and storage.exists(path):
             tars.append(path)
             continue
-        names = [name for name in storage.list_files(path) if name.endswith(TAR_SUFFIXES)]
+        names = [name for name in list_inputs(path) if name.endswith(TAR_SUFFIXES)]
         if not names:
             raise DataError(f"{path} is not a tar file, and not a folder with tar files ({', '.join(TAR_SUFFIXES)})")
         tars.extend(storage.join(path, name) for name in names)
@@ -255,11 +256,10 @@ def _read_images(path: str, key_of_member: Callable[[str], str | None]) -> Itera
         raise StorageError(error.errno, f"cannot read {path!r} to its end: {error}: try again") from error
 
 
-def count_tars(paths: Paths) -> int:
-    """Number of images in tar files, from their headers; damage ends the count of that file."""
-    count = 0
+def tar_keys(paths: Paths, keys: KeyRule = "name") -> list[str]:
+    """The keys of the images in tar files, from their headers; damage ends the list of that file."""
+    found: list[str] = []
     for path in list_tars(paths):
         with contextlib.suppress(TarDamage), open_tar(path) as file:
-            for member in walk_tar(file, path):
-                count += is_image(member.name)
-    return count
+            found.extend(file_key(member.name, keys) for member in walk_tar(file, path) if is_image(member.name))
+    return found

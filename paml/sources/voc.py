@@ -18,7 +18,7 @@ from paml.labels import POSITIVE
 from paml.labels.class_list import ClassList
 from paml.sources.fetch import read_concurrently
 from paml.sources.folder import is_image
-from paml.sources.full import check_below, distinct_names, list_some, read_lines, sniff, split_folder
+from paml.sources.full import check_below, distinct_names, list_inputs, list_some, read_lines, sniff, split_folder
 from paml.sources.matching import normalize_name
 from paml.sources.records import RecordBuilder, Records
 
@@ -80,7 +80,7 @@ def read_voc(labels: str, images: str | None, settings: VocSettings) -> Records:
     ImageSets has no others, else the names of the objects, sorted. Splits are the lists, or folders such as train and
     valid. Raises DataError for missing or broken files, and for an image in two lists.
     """
-    names = storage.list_files(labels)
+    names = list_inputs(labels)
     split_of, notes = _find_annotations(labels, names)
     builder, bad_rows = RecordBuilder(), []
     finder = _ImageFinder(names)

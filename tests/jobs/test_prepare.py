@@ -156,9 +156,11 @@ def test_stopped_command_resumes(scenes: Path, tmp_path: Path) -> None:
     for split in SPLITS:
         (many / split).mkdir(parents=True)
     images = [encoded(gradient(number, 800, 600)) for number in range(5)]
-    for number in range(600):
-        (many / "train" / f"{number:016x}.jpg").write_bytes(images[number % 5])
-    (many / "validation" / f"{1:016x}.jpg").write_bytes(encoded(gradient(1)))
+    labeled = [image.name for image in (scenes / "images" / "train").iterdir()]
+    for number, name in enumerate([*labeled, *(f"{number:016x}.jpg" for number in range(540))]):
+        (many / "train" / name).write_bytes(images[number % 5])
+    for image in (scenes / "images" / "validation").iterdir():
+        (many / "validation" / image.name).write_bytes(encoded(gradient(1)))
     options = options_of(scenes, tmp_path / "out", "--images", str(many), "--splits", "[train,validation]")
     options[options.index("--shards.samples_per_shard") + 1] = "200"
     partial = tmp_path / "out" / "shards" / "train" / ".partial"
@@ -267,7 +269,9 @@ def test_one_label_file_is_divided_into_splits(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"protocol": "two-positives"}, "protocol is 'two-positives'"),
-        ({"openimages": OpenImagesSettings(flickr=True), "images_from": "tars"}, "tar files"),
+        ({"openimages": OpenImagesSettings(flickr=True), "images_from": "tars"}, "images_from tars"),
+        ({"images_from": "none", "verdicts": ("a.csv",)}, "verdicts"),
+        ({"split_names": {"train": "x", "test": "x"}}, "split_names"),
         ({"split": "0.5,0.5"}, "split is '0.5,0.5'"),
         ({"split": "0.5,0.5,0.1"}, "add up to 1"),
         ({"unlisted": {"train": "absent"}}, "unlisted is .*absent"),

@@ -56,6 +56,13 @@ def test_the_named_file_is_used_and_the_other_one_reported() -> None:
         match_files(["1"], ["1"], files, "name")
 
 
+def test_the_longer_path_decides() -> None:
+    matching = match_files(["b/1.jpg"], ["1"], ["1.jpg", "set2/b/1.jpg"], "name")
+    assert matching.files == {"1": "set2/b/1.jpg"}
+    with pytest.raises(DataError, match="2 files have the key '1'"):
+        match_files(["c/1.jpg"], ["1"], ["1.jpg", "set2/b/1.jpg"], "name")
+
+
 def test_two_images_with_one_file_are_refused() -> None:
     names = ["cats/1.jpg", "dogs/1.jpg"]
     with pytest.raises(DataError, match=r"'cats/1.jpg' and 'dogs/1.jpg' both match the file '1.jpg'"):
@@ -63,7 +70,9 @@ def test_two_images_with_one_file_are_refused() -> None:
 
 
 def test_names_with_one_key() -> None:
-    check_distinct(["a.jpg", "./a.jpg", "a", "x\\b.png", "x/b.png"], ["a", "a", "a", "b", "b"], "own.csv", "name")
+    check_distinct(["a.jpg", "x/b.png"], ["a", "b"], "own.csv", "name")
+    with pytest.raises(DataError, match=r"'a.jpg' and 'a'.*in one way"):  # one image, whose labels would be apart
+        check_distinct(["a.jpg", "a"], ["a", "a"], "own.csv", "name")
     with pytest.raises(DataError, match=r"'x/a.jpg' and 'y/a.jpg'.*set keys to 'path'"):
         check_distinct(["x/a.jpg", "y/a.jpg"], ["a", "a"], "own.csv", "name")
     for rule in ("name", "path"):  # the path would not help

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from paml.errors import DataError
 from paml.shards import ShardSettings, write_shards
 from paml.sources.parts import read_parts
-from paml.sources.tars import TarDamage, count_tars, list_tars, tar_parts
+from paml.sources.tars import TarDamage, list_tars, tar_keys, tar_parts
 from tests.shards.images import source
 
 MEMBERS = [(f"train_0/{i:04d}.jpg", bytes([i]) * (300 + 400 * i)) for i in range(6)]
@@ -38,7 +38,7 @@ def test_plain_and_compressed_tars(tmp_path: Path, mode: str) -> None:
     path = tmp_path / f"a.tar{mode[1:].replace(':', '.')}"
     path.write_bytes(make_tar([*MEMBERS, ("notes.txt", b"words")], mode))
     assert list(read_parts(tar_parts(path))) == [(name[8:12], data) for name, data in MEMBERS]
-    assert count_tars(tmp_path) == 6
+    assert len(tar_keys(tmp_path)) == 6
     assert list_tars([tmp_path, path]) == [str(path), str(path)]
 
 
