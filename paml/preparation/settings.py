@@ -6,16 +6,9 @@ from paml.errors import SettingsError, check_setting
 from paml.labels import LabelSettings
 from paml.preparation.tables import SPLITS
 from paml.shards import ShardSettings
-from paml.sources.coco import CocoSettings
-from paml.sources.fiftyone import FiftyOneSettings
 from paml.sources.flickr import FlickrSettings
-from paml.sources.hf import HFSettings
-from paml.sources.label_studio import LabelStudioSettings
 from paml.sources.parts import KeyRule
-from paml.sources.registry import SOURCES
-from paml.sources.table import TableSettings
-from paml.sources.voc import VocSettings
-from paml.sources.webdataset import WebDatasetSettings
+from paml.sources.registry import SOURCES, SourceSettings
 
 IMAGE_PLACES = ("folder", "bucket", "tars", "none")
 PROTOCOLS = ("single-positive", "random-share")
@@ -56,7 +49,7 @@ class OpenImagesSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrepareSettings:
+class PrepareSettings(SourceSettings):
     """Images and labels to read, and what to write."""
 
     out: str = "data/prepared"
@@ -114,20 +107,6 @@ class PrepareSettings:
     """Split of the images with verdicts."""
     openimages: OpenImagesSettings = dataclasses.field(default_factory=OpenImagesSettings)
     """The source `openimages`."""
-    table: TableSettings = dataclasses.field(default_factory=TableSettings)
-    """The source `table`."""
-    coco: CocoSettings = dataclasses.field(default_factory=CocoSettings)
-    """The source `coco`."""
-    voc: VocSettings = dataclasses.field(default_factory=VocSettings)
-    """The source `voc`."""
-    webdataset: WebDatasetSettings = dataclasses.field(default_factory=WebDatasetSettings)
-    """The source `webdataset`."""
-    hf: HFSettings = dataclasses.field(default_factory=HFSettings)
-    """The source `hf`."""
-    label_studio: LabelStudioSettings = dataclasses.field(default_factory=LabelStudioSettings)
-    """The source `label_studio`."""
-    fiftyone: FiftyOneSettings = dataclasses.field(default_factory=FiftyOneSettings)
-    """The source `fiftyone`."""
     label_table: LabelSettings = dataclasses.field(default_factory=LabelSettings)
     """How labels become tables."""
     shards: ShardSettings = dataclasses.field(default_factory=ShardSettings)
