@@ -14,6 +14,7 @@ from paml.losses import LOSSES, check_reject_rate, fitted_step
 from paml.training.data import RunData, Split
 from paml.training.settings import TrainSettings
 
+_ASSUMED_SHARE = 0.1
 _BLOCK = 1 << 20
 """Images per table lookup, which bounds memory."""
 
@@ -22,14 +23,14 @@ def with_reject_rate(settings: TrainSettings, data: RunData, log: Callable[[str]
     """The settings with `loss.reject_rate_step` fitted to the data, if it is null and the loss needs it.
 
     On average over the epochs after the first, as many labels are rejected as positives are expected to be unobserved
-    (`fitted_step`). The same data give the same step, also when a run is resumed. Raises SettingsError if no
-    unobserved positives are expected.
+    (`fitted_step`). The same data give the same step, also when a run is resumed. If validation is labeled as sparsely
+    as train, their number is assumed. Raises SettingsError if train has no unobserved labels.
     """
     loss = settings.loss
     if loss.reject_rate_step is not None or LOSSES[loss.name].rate is None:
         return settings
     observed, present, labels = _expected(data, loss.reject_of)
-    unobserved_positives = present - observed
+    unobserved_positives = _unobserved_positives(observed, present, labels)
     if unobserved_positives <= 0:
         raise SettingsError(
             f"loss.reject_rate_step cannot be fitted to the data: validation has {present:.3g} positives per "
@@ -43,11 +44,18 @@ def with_reject_rate(settings: TrainSettings, data: RunData, log: Callable[[str]
         labels_per_image=labels,
         unobserved_positives_per_image=unobserved_positives,
     )
-    log(
-        f"loss.reject_rate_step is {step:g}, fitted to the data: it rejects {unobserved_positives:.3g} labels "
-        f"per image on average, as many as positives are expected to be unobserved ({present:.3g} in "
-        f"validation, {observed:.3g} observed in training)"
-    )
+    counts = f"{present:.3g} in validation, {observed:.3g} observed in training"
+    if present > observed:
+        log(
+            f"loss.reject_rate_step is {step:g}, fitted to the data: it rejects {unobserved_positives:.3g} labels "
+            f"per image on average, as many as positives are expected to be unobserved ({counts})"
+        )
+    else:
+        log(
+            f"WARNING: loss.reject_rate_step is {step:g}, a guess: validation has no more positives per image than "
+            f"training ({counts}), so {unobserved_positives:.3g} unobserved ones are assumed. Set it, or use complete "
+            "validation labels"
+        )
     return dataclasses.replace(settings, loss=dataclasses.replace(loss, reject_rate_step=step))
 
 
@@ -58,8 +66,14 @@ def rate_warning(settings: TrainSettings, data: RunData) -> str | None:
         settings.loss,
         epochs=settings.epochs,
         labels_per_image=labels,
-        unobserved_positives_per_image=max(0.0, present - observed),
+        unobserved_positives_per_image=_unobserved_positives(observed, present, labels),
     )
+
+
+def _unobserved_positives(observed: float, present: float, labels: float) -> float:
+    """Unobserved positives per training image; if validation does not tell, as many as are observed, but at most a
+    tenth of the labels that are ranked."""
+    return present - observed if present > observed else min(observed, _ASSUMED_SHARE * labels)
 
 
 def _expected(data: RunData, reject_of: str) -> tuple[float, float, float]:

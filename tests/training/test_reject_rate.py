@@ -123,7 +123,19 @@ def test_the_fitted_step_is_stored_and_used_on_resume(prepared: Path, tmp_path: 
     assert settings_of_run(str(tmp_path / "tiny")).loss.reject_rate_step == step
 
 
-def test_validation_without_more_positives_than_training_is_refused(prepared: Path, tmp_path: Path):
+def test_validation_as_sparse_as_train_gives_a_guess_and_a_warning(prepared: Path, tmp_path: Path):
+    root = shutil.copytree(prepared, tmp_path / "data")
+    shutil.copy(root / "labels/train.arrow", root / "labels/validation.arrow")
+    shutil.rmtree(root / "shards/validation")
+    shutil.copytree(root / "shards/train", root / "shards/validation")
+    settings = tiny_settings(root, tmp_path, loss=UNSET)
+    lines: list[str] = []
+    fitted = with_reject_rate(settings, open_data(settings.data), lines.append)
+    assert (fitted.loss.reject_rate_step or 0) > 0
+    assert [line.startswith("WARNING: loss.reject_rate_step") for line in lines] == [True]
+
+
+def test_training_labels_without_a_gap_are_refused(prepared: Path, tmp_path: Path):
     root = shutil.copytree(prepared, tmp_path / "data")
     settings = tiny_settings(root, tmp_path, loss=UNSET, data={"train_labels": "labels/train-full.arrow"})
     with pytest.raises(SettingsError, match=r"loss.reject_rate_step.*nothing to reject"):
