@@ -4,6 +4,7 @@ Each case plants it, reads as paml does, and returns the outcome. A test compare
 """
 
 import ast
+import dataclasses
 import hashlib
 import io
 import json
@@ -27,6 +28,8 @@ from paml.compare.grid import base_settings
 from paml.compare.settings import TuneSettings
 from paml.compare.sweep import Sweep, claim_sweep, read_trials
 from paml.data.decode import UndecodableError, decode_rgb
+from paml.data.embeddings import open_embeddings
+from paml.data.settings import DataSettings
 from paml.errors import PamlError
 from paml.explain.boxes import read_boxes
 from paml.inference.bulk import BulkJob, BulkSettings, predict_images, read_part
@@ -45,12 +48,16 @@ from paml.shards import CorruptSampleError, Manifest, ShardReader, ShardSettings
 from paml.shards.index import index_shards
 from paml.shards.spill import DamagedSpillError, read_spill
 from paml.sources.coco import CocoSettings, read_coco
+from paml.sources.fiftyone import FiftyOneSettings, read_fiftyone
 from paml.sources.flickr import flickr_parts
+from paml.sources.hf import HFSettings, read_hf
+from paml.sources.label_studio import LabelStudioSettings, read_label_studio
 from paml.sources.parts import read_parts
 from paml.sources.release import Archive, _is_unpacked
 from paml.sources.table import TableSettings, read_table
 from paml.sources.tars import tar_parts
 from paml.sources.voc import VocSettings, read_voc
+from paml.sources.webdataset import WebDatasetSettings, read_webdataset
 from paml.tracking.mlflow_sink import read_state
 from paml.training.checkpoint import list_checkpoints, newest_checkpoint, read_checkpoint
 from paml.training.watched import load_maps
@@ -413,6 +420,50 @@ def _(ground: Ground, evil: bytes) -> None:
     (ground.folder / "ImageSets" / "Main" / "train.txt").write_text("a\n")
     (ground.folder / "Annotations" / "a.xml").write_bytes(evil)
     read_voc(str(ground.folder), None, VocSettings())
+
+
+@place("Label Studio export, JSON", "read_label_studio", "DataError")
+def _(ground: Ground, evil: bytes) -> None:
+    (ground.folder / "tasks.json").write_bytes(evil)
+    read_label_studio(str(ground.folder / "tasks.json"), None, LabelStudioSettings())
+
+
+@place("FiftyOne data set, samples.json", "read_fiftyone", "DataError")
+def _(ground: Ground, evil: bytes) -> None:
+    for name in ("metadata.json", "samples.json"):
+        (ground.folder / name).write_bytes(evil)
+    read_fiftyone(str(ground.folder), None, FiftyOneSettings())
+
+
+@place("Hugging Face data set, Parquet", "read_hf", "DataError")
+def _(ground: Ground, evil: bytes) -> None:
+    (ground.folder / "train.parquet").write_bytes(evil)
+    read_hf(str(ground.folder / "train.parquet"), None, HFSettings())
+
+
+@place("labels in tars: .cls and .json are pickles", "read_webdataset", "DataError")
+def _(ground: Ground, evil: bytes) -> None:
+    with tarfile.open(ground.folder / "train-0.tar", "w") as tar:
+        for suffix in ("jpg", "cls", "json"):
+            info = tarfile.TarInfo(f"a.{suffix}")
+            info.size = len(evil)
+            tar.addfile(info, io.BytesIO(evil))
+    read_webdataset(str(ground.folder), None, WebDatasetSettings())
+
+
+@place("embeddings: vectors.npy, keys.npy, Parquet", "open_embeddings", "DataError")
+def _(ground: Ground, evil: bytes) -> None:
+    table = LabelTable.open(ground.prepared / "labels" / "test.arrow")
+    for name in ("vectors.npy", "keys.npy", "v.parquet"):
+        (ground.folder / name).write_bytes(evil)
+    settings = DataSettings(root=str(ground.folder), embeddings=str(ground.folder / "vectors.npy"))
+    with pytest.raises(PamlError):
+        open_embeddings(settings, "test", table)
+    np.save(ground.folder / "vectors.npy", np.ones((2, 3), np.float32))
+    np.save(ground.folder / "keys.npy", np.array([evil, evil], object), allow_pickle=True)
+    with pytest.raises(PamlError):
+        open_embeddings(settings, "test", table)
+    open_embeddings(dataclasses.replace(settings, embeddings=str(ground.folder / "v.parquet")), "test", table)
 
 
 @place("images as files", "write_shards", "rejected and counted")
