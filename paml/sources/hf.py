@@ -121,10 +121,11 @@ def read_hf(labels: str, images: str | None, settings: HFSettings) -> Records:
         else:
             starts = [name if posixpath.basename(name) in _METADATA else "" for name in names]
             given = _listed(labels, root, starts, file_of, paths)
-    unnamed = np.flatnonzero(given.image < 0)
-    keep = given.image[found.row] >= 0
-    row, cls, state = found.row[keep], found.cls.filter(pa.array(keep)), found.state.filter(pa.array(keep))
-    image = given.image[row]
+        unnamed = np.flatnonzero(given.image < 0)
+        keep = given.image[found.row] >= 0
+        row, cls, state = found.row[keep], found.cls.filter(pa.array(keep)), found.state.filter(pa.array(keep))
+        image = given.image[row]
+        numbers = row_of[row] + 1
     notes += [*found.notes, *given.notes]
     if unlabeled := len(given.images) - len(np.unique(image)):
         notes.append(f"{unlabeled:,} images have no labels")
@@ -144,7 +145,7 @@ def read_hf(labels: str, images: str | None, settings: HFSettings) -> Records:
         image=image,
         cls=cls.dictionary_encode(),
         state=state.dictionary_encode(),
-        row=row_of[row] + 1,
+        row=numbers,
         splits=_splits_of_images(labels, given, split_of) if any(split_of) else None,
         classes=classes,
         parts=given.parts,
