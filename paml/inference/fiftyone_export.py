@@ -178,7 +178,7 @@ def _object_id(*texts: str) -> dict[str, str]:
 
 
 def _write_image(out: str, key: str, payload: bytes | str | os.PathLike[str]) -> str:
-    """The path of an image for its sample: of its own file if it is local, else of a copy below `out`."""
+    """The path of an image for its sample: of the file itself if it is local, else of a copy below `out`."""
     if not isinstance(payload, bytes):
         path = os.fspath(payload)
         if not storage.is_remote(path):

@@ -116,7 +116,7 @@ def read_coco(labels: str, images: str | None, settings: CocoSettings) -> Record
     at = images is None and found.near
     if images is None and not at:
         found.notes.append(f"no image was found near {files[0]} in {root}, such as {found.names[0]!r}: set images")
-    with parse_errors_as(labels, _HINT):  # JSON can have text that is no Unicode
+    with parse_errors_as(labels, _HINT):  # JSON can have text that is not valid Unicode
         cls = pa.array(found.cls, pa.string()).dictionary_encode()
         pa.array([*names, *found.classes], pa.string())
     return Records(

@@ -295,7 +295,7 @@ def _split(
     offsets, classes, bad = split_cells(coded.dictionary, separator)
     if bad.any():
         raise DataError(
-            f"{path!r} has {cells[int(np.flatnonzero(bad)[0])][:60]!r} in {name!r}, which is no list: fix it"
+            f"{path!r} has {cells[int(np.flatnonzero(bad)[0])][:60]!r} in {name!r}, which is not a list: fix it"
         )
     codes = coded.indices.to_numpy(zero_copy_only=False)
     lengths = np.diff(offsets)[codes]
@@ -313,7 +313,7 @@ def list_classes(path: str, columns: LabelColumns, labels: ColumnLabels) -> Clas
     if columns.classes:
         return ClassList(path, list(columns.classes), list(columns.classes))
     if columns.names:
-        pa.array(columns.names, pa.string())  # JSON can have text that is no Unicode
+        pa.array(columns.names, pa.string())  # JSON can have text that is not valid Unicode
         known = list(columns.names) if are_distinct(columns.names) else [str(n) for n in range(len(columns.names))]
         return ClassList(path, known, list(columns.names))
     distinct: list[str] = labels.cls.unique().to_pylist()

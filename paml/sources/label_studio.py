@@ -65,7 +65,7 @@ class Answer(NamedTuple):
 
 
 class Annotation(NamedTuple):
-    """What one annotator said about an image."""
+    """One annotation of an image."""
 
     time: str
     """When it was changed, as ISO 8601; "" if that is unknown."""
@@ -75,7 +75,7 @@ class Annotation(NamedTuple):
 
 
 class Task(NamedTuple):
-    """An image, and what was said about it."""
+    """An image and its annotations."""
 
     row: int
     """Its number in the export, from 1."""
@@ -144,7 +144,7 @@ def read_label_studio(labels: str, images: str | None, settings: LabelStudioSett
                 state.append(value)
                 row.append(task_row)
         classes = pa.array(cls, pa.string()).dictionary_encode()
-        pa.array([key, *names, *controls, *counts.others], pa.string())  # JSON can have text that is no Unicode
+        pa.array([key, *names, *controls, *counts.others], pa.string())  # JSON can have text that is not valid Unicode
     kinds = {answer.control: answer.kind for answer in answers if answer.control in controls}
     listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "without a label"
     return Records(
@@ -192,7 +192,7 @@ def read_tasks(labels: str, counts: Counts) -> Iterator[Task]:
                 if (task := _task(item, row)) is not None:
                     yield task
                 else:
-                    counts.bad_rows.append((row, f"{path}: item {row} is no task: {str(item)[:80]!r}"))
+                    counts.bad_rows.append((row, f"{path}: item {row} is not a task: {str(item)[:80]!r}"))
 
 
 def _task(item: Any, row: int) -> Task | None:
@@ -230,7 +230,7 @@ def _find_image_key(labels: str, tasks: Sequence[Task]) -> str:
         key for task in tasks for key, value in task.data.items() if isinstance(value, str) and _is_image_value(value)
     )
     names = dict.fromkeys(str(key) for task in tasks for key in task.data)
-    pa.array(names, pa.string())  # JSON can have text that is no Unicode
+    pa.array(names, pa.string())  # JSON can have text that is not valid Unicode
     if not count:
         fields = ", ".join(list(names)[:_SHOWN]) or "none"
         raise DataError(
@@ -274,7 +274,7 @@ def _answers(result: Any, row: int, counts: Counts) -> Iterator[Answer]:
         if path and all(isinstance(name, str) and name.strip() for name in path):
             yield Answer(str(result.get("from_name") or kind), kind, tuple(name.strip() for name in path))
         else:
-            counts.bad_rows.append((row, f"task {row} has a class that is no text: {str(choice)[:80]!r}"))
+            counts.bad_rows.append((row, f"task {row} has a class that is not text: {str(choice)[:80]!r}"))
 
 
 def _is_kind(key: Any) -> bool:

@@ -399,9 +399,9 @@ def _has_splits(column: Column | ListColumn) -> bool:
 
 
 def _is_class(column: Column | ListColumn, settings: TableSettings) -> bool:
-    """Whether a column holds states: most cells, if the others are no numbers below -1 or above 1 (an age, a count).
+    """Whether a column holds states: most cells, if no other is a number below -1 or above 1 (an age, a count).
 
-    Letters count only in pairs, such as y and n: F and M are no states.
+    Letters count only in pairs, such as y and n: F and M are not states.
     """
     if isinstance(column, ListColumn) or len(column.texts) > _MAX_WORDS:
         return False

@@ -236,7 +236,7 @@ def _read_parquet(file: pa.NativeFile) -> _Columns:
 
 
 def _read_parquet_column(parquet: pq.ParquetFile, number: int, field: pa.Field) -> Column | ListColumn:
-    """A column as text. Raises ArrowNotImplementedError for types that are no text, numbers or lists of text."""
+    """A column as text. Raises ArrowNotImplementedError for types other than text, numbers and lists of text."""
     is_list = pa.types.is_list(field.type) or pa.types.is_large_list(field.type)
     values = field.type.value_type if is_list else field.type
     if pa.types.is_nested(values) or pa.types.is_binary(values) or pa.types.is_large_binary(values):

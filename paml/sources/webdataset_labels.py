@@ -102,7 +102,7 @@ class LabelParser:
         if isinstance(value, list | dict):
             raise ValueError(f"{value!r:.80} is not a state (1, 0, -1 or null)")
         text = "" if value is None else str(value).strip()
-        text.encode()  # JSON can have text that is no Unicode
+        text.encode()  # JSON can have text that is not valid Unicode
         return self.state_of(text) or ""
 
 
