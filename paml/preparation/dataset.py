@@ -2,27 +2,21 @@
 
 import dataclasses
 import os
-import posixpath
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from paml import storage
 from paml.errors import DataError, LabelError, SettingsError
-from paml.labels import (
-    LabelTable,
-    build_label_table,
-    filter_table,
-    observe_random_fraction,
-    observe_single_positive,
-)
+from paml.labels import LabelTable, filter_table, observe_single_positive
 from paml.labels.build import LabelReport
 from paml.labels.class_list import ClassList
+from paml.preparation.openimages import Release, fetch_missing_release
+from paml.preparation.protocol import PAPER_SETS, PAPER_VALIDATION, paper_validation, simulate
 from paml.preparation.settings import OpenImagesSettings, PrepareSettings
 from paml.preparation.tables import (
-    SPLITS,
     SplitRecords,
     check_disjoint,
     divide,
@@ -34,13 +28,9 @@ from paml.preparation.tables import (
 from paml.sources.full import list_some
 from paml.sources.records import Records
 from paml.sources.registry import SOURCES
-from paml.sources.release import V3, V3_ARCHIVES, fetch_release, find_release_files, images_folder_of
+from paml.sources.splits import ALIASES, SPLITS
 
 Log = Callable[[str], None]
-PAPER_SETS = ("voc", "coco", "nus_wide", "cub")
-"""Complete sets on which the papers simulate partial labels, with a fixed split of their own."""
-PAPER_VALIDATION = 0.2
-"""Fraction of train that the papers use for validation (Cole et al., CVPR 2021)."""
 
 
 class Dataset(Protocol):
@@ -81,12 +71,12 @@ def open_dataset(settings: PrepareSettings, log: Log) -> Dataset:
     if source == "openimages":
         ignored = {"unlisted": settings.unlisted, "split_names": settings.split_names, "keys": settings.keys != "name"}
         if named := [name for name, value in ignored.items() if value]:
-            raise SettingsError(f"{named[0]} is not for Open Images, whose files say it: leave it out")
+            raise SettingsError(f"{named[0]} does not apply to Open Images: leave it out")
         fetch_missing_release(settings, log)
         dataset = Release(settings, log)
     else:
         if settings.openimages != OpenImagesSettings():
-            raise SettingsError(f"the settings of openimages are not for the source {source}: leave them out")
+            raise SettingsError(f"the openimages settings do not apply to the source {source}: leave them out")
         dataset = read_dataset(settings, source, log)
     if settings.verdicts and settings.verdicts_split not in dataset.splits:
         raise SettingsError(
@@ -117,91 +107,12 @@ def detect_source(settings: PrepareSettings, log: Log) -> str:
 
 def _first_path(labels: str) -> str:
     """`labels`, or with {split} the first file that exists."""
-    paths = list(dict.fromkeys(labels.replace("{split}", name) for split in SPLITS for name in _file_names(split)))
+    paths = list(dict.fromkeys(labels.replace("{split}", name) for split in SPLITS for name in ALIASES[split]))
     return next((path for path in paths if _is_there(path)), paths[0])
 
 
 def _is_there(path: str) -> bool:
     return storage.exists(path) or bool(list_some(path))
-
-
-def _file_names(split: str) -> tuple[str, ...]:
-    return {"validation": ("validation", "val", "valid", "dev")}.get(split, (split,))
-
-
-# --- Open Images ---------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Release:
-    """A release of Open Images: tables are built from its files directly, since they have many millions of rows."""
-
-    settings: PrepareSettings
-    log: Log
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return self.settings.splits or SPLITS
-
-    def write_table(self, split: str, folder: str) -> LabelTable:
-        return self._build(split, storage.join(folder, f"{split}.arrow"))
-
-    def write_full(self, split: str, folder: str) -> LabelTable | None:
-        if self.settings.full_labels is None:
-            return None
-        annotations = storage.join(self.settings.full_labels, split, "annotations-human.csv")
-        return self._build(split, storage.join(folder, f"{split}-full.arrow"), annotations)
-
-    def write_protocol(self, folder: str) -> LabelTable | None:
-        return simulate(self.settings, storage.join(folder, "train-full.arrow"), folder)
-
-    def records_of(self, split: str) -> SplitRecords | None:
-        return None
-
-    def images_folder(self, split: str) -> str:
-        labels = self.settings.labels.rstrip("/")
-        own = images_folder_of(labels, split) or storage.join(posixpath.dirname(labels), "images")
-        return self.settings.images or own
-
-    def _build(self, split: str, out: str, annotations: str | None = None) -> LabelTable:
-        files = find_release_files(self.settings.labels, split)
-        classes = self.settings.class_list or files.classes
-        report = build_label_table(
-            annotations or files.annotations, classes, out, descriptions=files.descriptions,
-            settings=self.settings.label_table,
-        )  # fmt: skip
-        self.log(f"classes: {classes}")
-        self.log(str(report))
-        return report.table
-
-
-def needs_release(settings: PrepareSettings) -> bool:
-    """Whether openimages.download_from is set and `labels` lacks a file."""
-    if settings.openimages.download_from is None:
-        return False
-    try:
-        files = [find_release_files(settings.labels, name) for name in settings.splits or SPLITS]
-    except DataError:
-        return True
-    if any(not each.classes.endswith("classes-trainable.txt") for each in files):
-        return True
-    return settings.openimages.flickr and not all(each.images for each in files)
-
-
-def fetch_missing_release(settings: PrepareSettings, log: Log) -> None:
-    """Download, verify and unpack the release's archives if `needs_release`."""
-    if not needs_release(settings):
-        return
-    folder, name = os.path.split(settings.labels.rstrip("/"))
-    if name != V3:
-        raise SettingsError(
-            f"labels is {settings.labels!r}; with openimages.download_from its last folder must be {V3}"
-        )
-    archives = [a for name, a in V3_ARCHIVES.items() if settings.openimages.flickr or name != "images"]
-    fetch_release(folder or ".", archives, base=settings.openimages.download_from or "", log=log)
-
-
-# --- all other sources ---------------------------------------------------------------------------------------------
 
 
 def read_dataset(settings: PrepareSettings, source: str, log: Log) -> "Recorded":
@@ -210,7 +121,7 @@ def read_dataset(settings: PrepareSettings, source: str, log: Log) -> "Recorded"
     full = {} if settings.full_labels is None else _read_splits(settings, source, settings.full_labels, log)
     all_records = {id(records): records for records, _, _ in (*by_split.values(), *full.values())}
     classes = find_classes(list(all_records.values()), settings.class_list)
-    divided: bool | str = False
+    divided: Collection[str] = ()
     if set(by_split) == {""}:
         records, keys, rows = by_split[""]
         fractions = {
@@ -222,7 +133,7 @@ def read_dataset(settings: PrepareSettings, source: str, log: Log) -> "Recorded"
                 f"split is {settings.split!r}: the splits to prepare, {', '.join(fractions)}, get nothing"
             )
         fractions = {name: part / total for name, part in fractions.items()}
-        divided = len(fractions) > 1
+        divided = fractions if len(fractions) > 1 else ()  # a single split has all images, wherever they are
         parts = divide(records, keys, rows, classes, fractions, settings.split_seed)
         by_split = {name: (records, keys, part) for name, part in parts.items()}
         sizes = ", ".join(f"{name} {len(rows):,}" for name, (_, _, rows) in by_split.items())
@@ -230,7 +141,7 @@ def read_dataset(settings: PrepareSettings, source: str, log: Log) -> "Recorded"
     elif "validation" not in by_split and "train" in by_split and "validation" in (settings.splits or SPLITS):
         records, keys, rows = by_split["train"]
         by_split |= _take_validation(settings, source, records, keys, rows, classes, log)
-        divided = "train"
+        divided = ("train", "validation")
     wanted = settings.splits or tuple(name for name in SPLITS if name in by_split)
     if missing := [name for name in wanted if name not in by_split]:
         raise DataError(f"{settings.labels!r} has no images of {missing[0]}: it has {', '.join(by_split)}; set splits")
@@ -247,7 +158,7 @@ def read_dataset(settings: PrepareSettings, source: str, log: Log) -> "Recorded"
             rows=rows,
             keys=[keys[row] for row in rows.tolist()],
             unlisted=unlisted,
-            divided=divided is True or (divided == "train" and name != "test"),
+            divided=name in divided,
             bad_rows=() if id(records) in reported else records.bad_rows,
         )
         reported.add(id(records))
@@ -267,7 +178,8 @@ def _check_earlier_splits(settings: PrepareSettings, splits: Mapping[str, SplitR
             continue
         table = LabelTable.open(path)
         for split, records in splits.items():
-            if len(rows := table.rows_of(records.keys)[table.rows_of(records.keys) >= 0]):
+            rows = table.rows_of(records.keys)
+            if len(rows := rows[rows >= 0]):
                 raise DataError(
                     f"{len(rows):,} images of {split} are in {path} too, such as {table.keys(rows[:1])[0]!r}: prepare "
                     "all splits in one call, or set out to another folder"
@@ -295,7 +207,7 @@ def _read_splits(
     if "{split}" in labels:
         found = {}
         for split in settings.splits or SPLITS:
-            names = [settings.split_names[split]] if split in settings.split_names else _file_names(split)
+            names = [settings.split_names[split]] if split in settings.split_names else ALIASES[split]
             paths = [labels.replace("{split}", name) for name in names]
             path = next((path for path in paths if _is_there(path)), None)
             if path is None and settings.splits is None:
@@ -354,16 +266,6 @@ def _take_validation(
     return {name: (records, list(keys), part) for name, part in parts.items()}
 
 
-def simulate(settings: PrepareSettings, full: str, folder: str) -> LabelTable | None:
-    """Write the table of the protocol from the complete labels `full`; None without a protocol."""
-    if settings.protocol is None:
-        return None
-    table, seed = LabelTable.open(full), settings.protocol_seed
-    if settings.protocol == "single-positive":
-        return observe_single_positive(table, storage.join(folder, "train-single.arrow"), seed)
-    return observe_random_fraction(table, storage.join(folder, "train-share.arrow"), settings.protocol_share, seed)
-
-
 def _is_complete(path: str) -> bool:
     """Whether every pair of the table at `path` has a state."""
     table = LabelTable.open(path)
@@ -375,14 +277,6 @@ def _join(first: SplitRecords, second: SplitRecords) -> SplitRecords:
     rows = np.concatenate([first.rows, second.rows])
     order, keys = np.argsort(rows), [*first.keys, *second.keys]
     return dataclasses.replace(first, rows=rows[order], keys=[keys[i] for i in order.tolist()])
-
-
-def paper_validation(count: int, seed: int) -> np.ndarray:
-    """bool[count], by ascending key: the images that the released scripts hold out for validation."""
-    order = np.random.RandomState(seed).permutation(count)
-    held_out = np.zeros(count, bool)
-    held_out[order[count - round(PAPER_VALIDATION * count) :]] = True
-    return held_out
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ from paml import storage
 from paml.errors import DataError
 from paml.labels import LabelTable
 from paml.labels.coverage import missing_keys
-from paml.preparation.dataset import Dataset, Release
+from paml.preparation.dataset import Dataset
+from paml.preparation.openimages import Release
 from paml.preparation.settings import PrepareSettings
 from paml.preparation.tables import SplitRecords
 from paml.sources.flickr import flickr_parts
@@ -44,7 +45,7 @@ def find_images(dataset: Dataset, settings: PrepareSettings, split: str, table: 
     """The images of a split. Raises DataError if there are none, or fewer of the labeled ones than min_found."""
     records = dataset.records_of(split)
     if records is not None and records.records.parts is not None:
-        return _embedded(records, split)
+        return _embedded(records)
     if records is not None and settings.images is None and (files := records.files) is not None:
         return _listed_by_source(records, files, table, settings)
     root = dataset.images_folder(split)
@@ -68,7 +69,7 @@ def find_images(dataset: Dataset, settings: PrepareSettings, split: str, table: 
 def check_found(
     records: SplitRecords | None,
     table: LabelTable,
-    available: Sequence[str] | pa.Array,
+    available: pa.StringArray,
     minimum: float,
     split: str,
     *,
@@ -83,11 +84,10 @@ def check_found(
     count = labeled - len(missing)
     if count and count >= minimum * labeled:
         return
-    if examples is None:
-        examples = available if isinstance(available, list | tuple) else pa.array(available).to_pylist()
     names, all_keys = _named(records, table)
+    examples = available.to_pylist() if examples is None else examples
     raise DataError(
-        f"{count:,} of {labeled:,} labeled images of {split} have a file, needed are {minimum:.0%} (min_found): "
+        f"{count:,} of {labeled:,} labeled images of {split} have a file, at least {minimum:.0%} must (min_found): "
         + explain_missing(names, all_keys, examples)
     )
 
@@ -99,7 +99,7 @@ def _named(records: SplitRecords | None, table: LabelTable) -> tuple[list[str], 
     return records.names, records.keys
 
 
-def _embedded(split: SplitRecords, name: str) -> SplitImages:
+def _embedded(split: SplitRecords) -> SplitImages:
     """Images within the labels' own files; parts of other splits are not read."""
     records = split.records
     parts = list(records.parts or ())
@@ -218,7 +218,8 @@ def _in_folder(
             files |= {key: name for key, name in extra.items() if key not in of_other_splits}
     if not settings.openimages.flickr:
         examples = (file_key(name, settings.keys) for name in sizes)
-        check_found(records, table, list(files), settings.min_found, place.folder, examples=examples)
+        matched = pa.array(list(files), pa.string())
+        check_found(records, table, matched, settings.min_found, place.folder, examples=examples)
     wanted, found = None, pa.array(list(files), pa.string())
     if only_labeled:
         wanted = pa.array(table.keys(), pa.string())

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from paml import storage
-from paml.preparation.dataset import needs_release, open_dataset
+from paml.preparation.dataset import open_dataset
 from paml.preparation.images import find_images
+from paml.preparation.openimages import needs_release
 from paml.preparation.prepare import write_tables
 from paml.preparation.settings import PrepareSettings
 from paml.progress import format_duration

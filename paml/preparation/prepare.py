@@ -147,7 +147,7 @@ def _write_split(
     )
     log(f"shards of {name}: {report}")
     if report.rejected:
-        for key, reason in _read_rejects(folder)[:3]:
+        for key, reason in _read_rejects(folder, 3).itertuples(index=False):
             log(f"  rejected: {key}: {reason}")
     keys = Manifest.open(folder).keys()
     coverage = measure_coverage(table, keys)
@@ -186,9 +186,9 @@ def _remove_outgrown(
     manifest = Manifest.open(folder)
     if manifest.settings != dataclasses.asdict(settings.shards):
         return  # write_parts refuses other settings
-    rejects = dict(_read_rejects(folder))
-    missing = pa.array([key for key, reason in rejects.items() if reason == MISSING_REASON], pa.string())
-    damaged = pa.array([key for key, reason in rejects.items() if reason != MISSING_REASON], pa.string())
+    rejects = _read_rejects(folder)
+    is_missing = rejects["reason"] == MISSING_REASON
+    missing, damaged = (pa.array(rejects["key"][mask], pa.string()) for mask in (is_missing, ~is_missing))
     labeled = pa.array(table.keys(), pa.string())
     candidates = labeled if images.found is None else _select(labeled, images.found)
     new = _select(_select(candidates, manifest.keys(), False), damaged, False)
@@ -211,7 +211,7 @@ def _remove_outgrown(
         raise DataError(
             f"{text}, and {lost:,} of its images have no file any more: bring them back, or delete it to write it again"
         )
-    log(f"{text}: its shards are written again")
+    log(f"{text}: writing its shards again")
     storage.delete_folder(folder)
 
 
@@ -221,14 +221,13 @@ def _select(values: pa.StringArray, known: pa.StringArray, among: bool = True) -
     return values.filter(mask if among else pc.call_function("invert", [mask]))
 
 
-def _read_rejects(folder: str) -> list[tuple[str, str]]:
-    """(key, reason) of each rejected image."""
+def _read_rejects(folder: str, count: int | None = None) -> pd.DataFrame:
+    """The columns `key` and `reason` of the first `count` rejected images, or of all."""
     path = storage.join(folder, REJECTS_NAME)
     if not storage.exists(path):
-        return []
+        return pd.DataFrame({"key": [], "reason": []}, dtype=str)
     with storage.open_input(path) as file, parse_errors_as(path, "write the shards again"):
-        rows = pd.read_csv(file, dtype=str, keep_default_na=False).itertuples(index=False)
-        return [(str(key), str(reason)) for key, reason in rows]
+        return pd.read_csv(file, dtype=str, keep_default_na=False, nrows=count)
 
 
 def _check_contents(out: str, splits: list[str]) -> None:

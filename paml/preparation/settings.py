@@ -4,11 +4,11 @@ import dataclasses
 
 from paml.errors import SettingsError, check_setting
 from paml.labels import LabelSettings
-from paml.preparation.tables import SPLITS
 from paml.shards import ShardSettings
 from paml.sources.flickr import FlickrSettings
 from paml.sources.parts import KeyRule
 from paml.sources.registry import SOURCES, SourceSettings
+from paml.sources.splits import SPLITS
 
 IMAGE_PLACES = ("folder", "bucket", "tars", "none")
 PROTOCOLS = ("single-positive", "random-share")
@@ -146,13 +146,13 @@ class PrepareSettings(SourceSettings):
         states = {self.unlisted} if isinstance(self.unlisted, str) else set(named.values())
         allowed = "negative or unobserved, or a mapping of splits to them, such as {validation: negative}"
         check_setting(states <= {"negative", "unobserved"}, "unlisted", self.unlisted, allowed)
-        self.split_fractions  # noqa: B018 # raises SettingsError
+        _ = self.split_fractions  # raises SettingsError
         if self.openimages.flickr and self.images_from in ("tars", "bucket"):
             raise SettingsError(
                 f"openimages.flickr needs a list of the images; images_from {self.images_from} has none"
             )
         if self.verdicts and self.images_from == "none":
-            raise SettingsError("verdicts are of images that are there: leave them out with images_from none")
+            raise SettingsError("verdicts need images: leave them out, or set images_from to another value than none")
         names = list(self.split_names.values())
         check_setting(len(set(names)) == len(names), "split_names", self.split_names, "another name for each split")
         if self.verdicts and self.splits is not None and self.verdicts_split not in self.splits:

@@ -1,7 +1,6 @@
 """From a source's records to one label table per split: splits, keys, classes and unlisted labels."""
 
 import dataclasses
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +20,8 @@ from paml.labels.stratify import stratified_split
 from paml.sources.matching import check_distinct, label_key
 from paml.sources.parts import KeyRule
 from paml.sources.records import Records
+from paml.sources.splits import standard_split
 
-SPLITS = ("train", "validation", "test")
-_ALIASES = {
-    "train": ("train", "training", "trn", "trainset"),
-    "validation": ("validation", "valid", "val", "dev", "minival"),
-    "test": ("test", "testing", "tst", "testset"),
-}
 _SCHEMA = pa.schema([(name, pa.string()) for name in HEADER])
 _BATCH_ROWS = 1 << 16
 _MATRIX_CELLS = 1 << 24
@@ -46,9 +40,9 @@ class SplitRecords:
     unlisted: str
     """`negative` or `unobserved`: the state of a pair that is not listed."""
     divided: bool = False
-    """Whether paml chose the images of the split: the folders of the images do not know it."""
+    """Whether paml chose the images of this split, so that no folder of images is for it alone."""
     bad_rows: Sequence[tuple[int, str]] = ()
-    """Rows that are no labels, to be reported with this split."""
+    """Rows that are not labels, to be reported with this split."""
 
     @property
     def names(self) -> list[str]:
@@ -63,17 +57,11 @@ class SplitRecords:
         return chosen if any(chosen) else None
 
 
-def standard_split(name: str) -> str | None:
-    """train, validation or test, from a split's name in a source such as `val2017` or `Training`; None for others."""
-    word = re.sub(r"[\W_]*\d*$", "", name.strip().lower())
-    return next((split for split, aliases in _ALIASES.items() if word in aliases), None)
-
-
 def split_names(records: Records, names: Mapping[str, str]) -> list[str] | None:
     """The split of each image, by the user's `names` (of the source's split for one of ours) or their usual aliases.
 
-    None if the source has no splits. Raises DataError for an image with a name that stands
-    for no split, and if two names of the source mean the same split.
+    None if the source has no splits. Raises DataError for a name that means no split, unless the user names some, and
+    if two names mean the same split.
     """
     if records.splits is None or not any(records.splits):
         return None
@@ -134,7 +122,8 @@ def divide(
 def find_classes(all_records: Sequence[Records], class_list: str | None) -> ClassList:
     """The classes of all splits: those of `class_list`, of the sources in their order, or all labels', sorted."""
     if class_list is not None:
-        return read_class_list(class_list)
+        listed = read_class_list(class_list)
+        return listed._replace(classes=[normalize_class(cls) for cls in listed.classes])
     names: dict[str, str] = {}
     if all(records.classes is not None for records in all_records):
         for records in all_records:
@@ -251,8 +240,8 @@ def _log_rejected_values(split: SplitRecords, log: Callable[[str], None]) -> Non
         shown = ", ".join(f"{text!r} ({count:,})" for text, count in bad.most_common(_SHOWN))
         log(
             f"WARNING: {bad.total():,} labels have a value that is not a state and were rejected: {shown}. Allowed are "
-            "1 or yes, 0 or no, and blank for unobserved; the source declares others, such as table.minus_one "
-            "and table.positive_words"
+            "1 or yes, 0 or no, and blank for unobserved; to accept others, set table.minus_one, table.positive_words "
+            "or the same settings of another source"
         )
 
 

@@ -18,8 +18,9 @@ from paml.errors import DataError, SettingsError
 from paml.labels.class_list import ClassList
 from paml.parsing import parse_errors_as, read_json
 from paml.sources.folder import is_image, key_of
-from paml.sources.full import distinct_names, have_files, list_some, path_below, sniff, split_folder
+from paml.sources.full import distinct_names, have_files, list_some, path_below, sniff
 from paml.sources.records import Records
+from paml.sources.splits import split_folder
 
 POSITIVE_FIELD, NEGATIVE_FIELD = "positive_labels", "negative_labels"
 """The fields of the image labels of Open Images, as FiftyOne loads them."""
@@ -139,7 +140,7 @@ def _records(found: _Found, labels: str, fields: Sequence[str]) -> Records:
                 image.append(number)
                 cls.append(name)
                 state.append(text)
-    pa.array([*names, *cls], pa.string())  # JSON can have text that is no Unicode
+    pa.array([*names, *cls], pa.string())  # JSON can have text that is not valid Unicode
     classes = list(dict.fromkeys([*found.classes, *sorted(set(cls))])) if found.classes else []
     located = any(files)
     notes = []
@@ -221,7 +222,7 @@ def _choose_fields(
     samples = [sample for content in contents for sample in content.get("samples") or ()]
     names = dict.fromkeys(name for sample in samples for name, value in sample.items() if _has_classes(value))
     known = dict.fromkeys(name for sample in samples for name in sample)
-    pa.array(known, pa.string())  # JSON can have text that is no Unicode
+    pa.array(known, pa.string())  # JSON can have text that is not valid Unicode
     chosen = (settings.field, settings.negative_field)
     if settings.field == POSITIVE_FIELD or (settings.field is None and {POSITIVE_FIELD, NEGATIVE_FIELD} & set(names)):
         chosen = (POSITIVE_FIELD, settings.negative_field or NEGATIVE_FIELD)
@@ -261,7 +262,7 @@ def _add_samples(
         path = sample.get("filepath")
         kind = sample.get("_media_type", "image")
         if not isinstance(path, str) or not path or kind != "image":
-            found.bad_rows.append((number, f"sample {number} is no image: filepath {path!r}, media type {kind!r}"))
+            found.bad_rows.append((number, f"sample {number} is not an image: filepath {path!r}, media type {kind!r}"))
             continue
         tags = dict.fromkeys(tag for tag in sample.get("tags") or () if split_folder(f"{tag}/") == tag)
         if len(tags) > 1:
@@ -286,7 +287,7 @@ def _add_labels(found: _Found, content: Mapping[str, Any], folder: str, split: s
     for key, value in content["labels"].items():
         values = value if isinstance(value, list) else [value]
         positives = [
-            classes[each] if type(each) is int and 0 <= each < len(classes) else each  # a bool is no position
+            classes[each] if type(each) is int and 0 <= each < len(classes) else each  # a bool is not a position
             for each in values
         ]
         named = by_key.get(key, [])

@@ -20,7 +20,6 @@ from paml.storage import s3
 
 SNIFF_BYTES = 1 << 16
 _SNIFF_FILES = 1000
-_SPLIT_FOLDER = re.compile(r"(train|training|val|valid|validation|dev|test|testing)\d*", re.IGNORECASE)
 
 
 def read_lines(path: str, content: str) -> list[str]:
@@ -81,7 +80,7 @@ def list_inputs(folder: str) -> list[str]:
 
 
 def have_files(root: str, *choices: Sequence[str]) -> bool:
-    """Whether `root` has one file of each choice; False if that cannot be told."""
+    """Whether `root` has one file of each choice; False if that cannot be determined."""
     try:
         return all(any(storage.exists(storage.join(root, name)) for name in names) for names in choices)
     except (StorageError, ValueError):
@@ -103,11 +102,6 @@ def check_below(folder: str, names: Sequence[str], path: str) -> None:
     with parse_errors_as(path, "unpack it again"):
         for name in names:
             safe_join(folder, name)
-
-
-def split_folder(path: str) -> str:
-    """The first folder of a path that is named as a split (`train`, `valid`, `val2017`); "" if there is none."""
-    return next((folder for folder in path.split("/")[:-1] if _SPLIT_FOLDER.fullmatch(folder)), "")
 
 
 def distinct_names(names: Sequence[str], folders: Sequence[str], splits: Sequence[str], path: str) -> list[str]:

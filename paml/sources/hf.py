@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 from paml import storage
 from paml.errors import DataError, PamlError, check_setting
 from paml.parsing import PARSE_ERRORS, parse_errors_as, read_json, safe_join
-from paml.sources.file_splits import file_splits
 from paml.sources.full import list_inputs, list_some, path_below
 from paml.sources.hf_files import (
     HINT,
@@ -33,6 +32,7 @@ from paml.sources.hf_files import (
 from paml.sources.hf_labels import LabelColumns, choose_columns, class_names, list_classes, read_features, read_labels
 from paml.sources.parts import Part
 from paml.sources.records import Records
+from paml.sources.splits import file_splits
 from paml.sources.table import TableSettings
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -252,7 +252,7 @@ def _find_files(labels: str) -> tuple[str, list[str], list[str], list[str]]:
     if storage.exists(labels):
         if not labels.endswith((".parquet", ".arrow", ".jsonl", ".csv")):
             raise DataError(
-                f"{labels!r} is no data file of Hugging Face: name a .parquet, .arrow or metadata.jsonl file"
+                f"{labels!r} is not a Hugging Face data file: name a .parquet, .arrow or metadata.jsonl file"
             )
         root, name = posixpath.split(labels)
         return root or ("/" if labels.startswith("/") else "."), [name], file_splits([name]), []

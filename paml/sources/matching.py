@@ -139,8 +139,8 @@ def explain_missing(names: Sequence[str], keys: Sequence[str], available: Iterab
         return ""
     name = unmatched[0][0]
     example = min(available - set(keys), default=min(available, default=None))
-    text = f"the labels name such as {name!r}, "
-    text += "there is no image" if example is None else f"the images have keys such as {example!r}"
+    text = f"the labels name images such as {name!r}, "
+    text += "there is no file" if example is None else f"the files have keys such as {example!r}"
     for change, function in _CHANGES:
         changed = {function(key) for key in available}
         count = sum(function(key) in changed for _, key in unmatched)

@@ -18,9 +18,10 @@ from paml.labels import POSITIVE
 from paml.labels.class_list import ClassList
 from paml.sources.fetch import read_concurrently
 from paml.sources.folder import is_image
-from paml.sources.full import check_below, distinct_names, list_inputs, list_some, read_lines, sniff, split_folder
+from paml.sources.full import check_below, distinct_names, list_inputs, list_some, read_lines, sniff
 from paml.sources.matching import normalize_name
 from paml.sources.records import RecordBuilder, Records
+from paml.sources.splits import split_folder
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

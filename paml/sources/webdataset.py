@@ -21,11 +21,11 @@ from paml import storage
 from paml.errors import DataError, PamlError, check_setting
 from paml.labels.class_list import ClassList
 from paml.parsing import PARSE_ERRORS
-from paml.sources.file_splits import file_splits
 from paml.sources.folder import is_image
 from paml.sources.full import list_some
 from paml.sources.matching import normalize_name
 from paml.sources.records import Records
+from paml.sources.splits import file_splits
 from paml.sources.table import TableSettings
 from paml.sources.tars import TAR_SUFFIXES, BadMember, Member, TarDamage, list_tars, open_tar, tar_part, walk_tar
 from paml.sources.webdataset_labels import (

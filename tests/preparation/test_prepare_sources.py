@@ -347,7 +347,7 @@ def test_settings_of_other_sources_are_refused(tmp_path: Path) -> None:
     labels = write(tmp_path / "l.csv", "image,class,state\na,cat,1\n")
     with pytest.raises(PamlError, match=r"openimages"):
         run(tmp_path, labels=labels, openimages__flickr=True)
-    with pytest.raises(PamlError, match=r"unlisted is not for Open Images"):
+    with pytest.raises(PamlError, match=r"unlisted does not apply to Open Images"):
         run(tmp_path, labels=labels, source="openimages", unlisted={"train": "negative"})
     with pytest.raises(PamlError, match=r"verdicts_split"):
         run(tmp_path, labels=labels, verdicts=["v.csv"], verdicts_split="test")

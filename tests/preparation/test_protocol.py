@@ -8,8 +8,8 @@ import pytest
 
 from paml.data.settings import DataSettings
 from paml.labels import POSITIVE, LabelTable
-from paml.preparation.dataset import PAPER_VALIDATION
 from paml.preparation.prepare import prepare
+from paml.preparation.protocol import PAPER_VALIDATION
 from paml.preparation.settings import PrepareSettings
 from paml.shards import Manifest, ShardSettings
 from paml.sources.voc import CLASSES
