@@ -33,7 +33,7 @@ from paml.sources.hf_labels import LabelColumns, choose_columns, class_names, li
 from paml.sources.parts import Part
 from paml.sources.records import Records
 from paml.sources.splits import file_splits
-from paml.sources.table import TableSettings
+from paml.sources.table_settings import TableSettings
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _SUFFIXES = (".parquet", ".arrow", ".jsonl", ".csv")

@@ -18,8 +18,8 @@ from paml.labels.class_list import ClassList
 from paml.parsing import parse_json_object
 from paml.sources.hf_files import is_embedded
 from paml.sources.separators import NONE, detect_separator, split_cells
-from paml.sources.table import TableSettings
 from paml.sources.table_columns import trim
+from paml.sources.table_settings import TableSettings
 
 LABEL_NAMES = (
     "labels", "label", "classes", "class", "tags", "tag", "categories", "category", "labelnames", "classnames",

@@ -24,7 +24,7 @@ from paml.sources.folder import is_image
 from paml.sources.full import list_inputs, list_some, sniff
 from paml.sources.matching import normalize_name
 from paml.sources.records import Records
-from paml.sources.table import TableSettings
+from paml.sources.table_settings import TableSettings
 
 ANNOTATORS = ("last", "union", "agree")
 _LISTS = re.compile(rb'"(?:annotations|completions|result)"\s*:\s*\[')

@@ -13,6 +13,8 @@ from paml.sources.table_columns import trim
 
 NONE, JSON, BLANK = "none", "json", "blank"
 """Separators with a name: each cell is one class; lists in brackets; any blanks."""
+SURE = ("|", ";", JSON)
+"""Separators that names of classes do not contain."""
 _MARKS = ("|", ";")
 _SAMPLE = 20_000
 _COMMA_SHARE = 0.5

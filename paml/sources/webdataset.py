@@ -26,7 +26,7 @@ from paml.sources.full import list_some
 from paml.sources.matching import normalize_name
 from paml.sources.records import Records
 from paml.sources.splits import file_splits
-from paml.sources.table import TableSettings
+from paml.sources.table_settings import TableSettings
 from paml.sources.tars import TAR_SUFFIXES, BadMember, Member, TarDamage, list_tars, open_tar, tar_part, walk_tar
 from paml.sources.webdataset_labels import (
     LabelParser,
